@@ -289,7 +289,8 @@ def not_above(fn: str, low_name: str, low: Any, high_name: str, high: Any) -> No
 def at_least_float32(x: Any) -> jax.Array:
   """`x` as an array of at least float32: bf16 and fp16 promote, float64 stays."""
   x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  # Not promote_types, which refuses any mixture under strict promotion.
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def expand_like(t: Any, x: Any) -> jax.Array:
