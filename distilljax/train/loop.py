@@ -1,0 +1,345 @@
+"""The loop: stages in order, resumed bit for bit, stopped without loss."""
+
+import base64
+import hashlib
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from distilljax.train import checkpoint as checkpoint_lib
+from distilljax.train import hooks as hooks_lib
+from distilljax.train import metrics as metrics_lib
+from distilljax.train import sharding
+from distilljax.train.method import Context, Frozen, Method, named_key
+from distilljax.train.step import make_step
+from distilljax.typing import Array, Params
+
+
+class Stage(NamedTuple):
+  """One method trained for a number of steps.
+
+  Attributes:
+    name: folder and metric name, unique in the run.
+    method: the method.
+    optimizers: optax transformations of its trained networks by name.
+    data: () -> endless iterator of batches (dicts of NumPy rows) with
+      `get_state() -> bytes` and `set_state(bytes)`.
+    steps: number of steps.
+    init: (key, earlier) -> parameters of the method's networks by name; pure.
+      `earlier` maps finished stages' names to their networks' parameters.
+    options: keyword arguments of `make_step` (accumulation, unroll, ...).
+  """
+
+  name: str
+  method: Method
+  optimizers: Mapping[str, optax.GradientTransformation]
+  data: Callable[[], Iterator[Mapping[str, np.ndarray]]]
+  steps: int
+  init: Callable[[Array, Mapping[str, Any]], Mapping[str, Params]]
+  options: Mapping[str, Any] = {}
+
+
+class Result(NamedTuple):
+  """What a finished run leaves.
+
+  Attributes:
+    params: by stage, by network: final parameters (frozen ones included).
+    seconds: wall seconds a stage, over all resumes.
+    cpu_seconds: CPU seconds a stage.
+    compile_seconds: seconds JAX spent compiling, a stage.
+    skipped: by "stage/network": updates skipped as not finite.
+  """
+
+  params: dict[str, dict[str, Params]]
+  seconds: dict[str, float]
+  cpu_seconds: dict[str, float]
+  compile_seconds: dict[str, float]
+  skipped: dict[str, int]
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; everything is saved."""
+
+  def __init__(self, stage: str, step: int, signum: int):
+    super().__init__(
+        f"stopped by {signal.Signals(signum).name} in stage {stage} at step"
+        f" {step}; saved. The same command resumes."
+    )
+    self.signum = signum
+
+
+class Diverged(RuntimeError):
+  """Too many updates in a row were not finite; the last good state is saved."""
+
+
+class _StopSignals:
+  """Notes SIGINT and SIGTERM while a run is on; the loop acts on them."""
+
+  def __init__(self):
+    self.received: int | None = None
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if self.received is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt  # asked twice: do not wait for the step
+    self.received = number
+
+  def __exit__(self, *exception):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+class _Clock:
+  """Wall, CPU and compile seconds of a stage, carried over resumes."""
+
+  _compiled = 0.0
+  _listening = False
+
+  def __init__(self, carried: Sequence[float] = (0.0, 0.0, 0.0)):
+    if not _Clock._listening:
+      jax.monitoring.register_event_duration_secs_listener(_Clock._listen)
+      _Clock._listening = True
+    self._carried = list(carried)
+    self._began = self._now()
+
+  @classmethod
+  def _listen(cls, event: str, seconds: float, **kwargs) -> None:
+    del kwargs
+    if event.startswith("/jax/core/compile/"):
+      cls._compiled += seconds
+
+  @classmethod
+  def _now(cls) -> tuple[float, float, float]:
+    return time.monotonic(), time.process_time(), cls._compiled
+
+  def working(self) -> float:
+    """Wall seconds without those spent compiling, for rates."""
+    wall, _, compiled = self._now()
+    return wall - compiled
+
+  def read(self) -> list[float]:
+    """Wall, CPU and compile seconds of the stage until now."""
+    return [
+        c + n - b for c, n, b in zip(self._carried, self._now(), self._began)
+    ]
+
+
+def params_sha256(params: Params) -> str:
+  """SHA-256 of the arrays' bytes in sorted key order."""
+  digest = hashlib.sha256()
+
+  def visit(tree):
+    if isinstance(tree, Mapping):
+      for name in sorted(tree):
+        visit(tree[name])
+    else:
+      for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+
+  visit(params)
+  return digest.hexdigest()
+
+
+def run(
+    stages: Sequence[Stage],
+    workdir: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    log_every: int = 50,
+    checkpoint_every: int = 500,
+    keep: int = 2,
+    max_skips_in_a_row: int = 20,
+    hooks: Sequence[hooks_lib.Hook] = (),
+    log: Callable[[str], None] = print,
+) -> Result:
+  """Trains the stages in order, resuming where `workdir` says.
+
+  Metrics go to `workdir/metrics.jsonl`, checkpoints to
+  `workdir/checkpoints/<stage>`. Parameters, optimizers, EMA, keys and the data
+  iterator are restored exactly, so an interrupted run ends in the same bits as
+  an uninterrupted one. SIGINT and SIGTERM finish the step, save and raise
+  `Interrupted`.
+
+  Args:
+    stages: what to train, in order.
+    workdir: folder of the run.
+    seed: seed of every stage's key.
+    mesh: devices; None is all of them.
+    log_every: steps between metric lines.
+    checkpoint_every: steps between checkpoints (a stage's end is always saved).
+    keep: newest checkpoints kept, a stage.
+    max_skips_in_a_row: a network skipped more often in a row stops the run.
+    hooks: called around steps.
+    log: gets one line for everything a person should know.
+
+  Returns:
+    The final parameters and what the run cost.
+
+  Raises:
+    Interrupted: after a signal, when everything is saved.
+    Diverged: too many non-finite updates in a row; the last good state is saved.
+    checkpoint.SaveError: a checkpoint could not be written.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh() if mesh is None else mesh
+  names = [s.name for s in stages]
+  if len(set(names)) != len(names):
+    raise ValueError(f"run: stage names must be distinct, got {names}")
+  lines = metrics_lib.JsonLines(workdir / "metrics.jsonl")
+  result = Result({}, {}, {}, {}, {})
+  root = jax.random.key(seed, impl="threefry2x32")
+  with _StopSignals() as stop:
+    for i, stage in enumerate(stages):
+      key = named_key(root, stage.name)
+      runner = _Runner(stage, workdir, key, mesh, result, log)
+      resumed = runner.restore(keep)
+      lines.rewind(stage.name, runner.step_number, names[:i])
+      if resumed and runner.step_number < stage.steps:
+        log(f"{stage.name}: resumed at step {runner.step_number}")
+      runner.train(
+          stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
+      )
+      runner.finish(result)
+  return result
+
+
+class _Runner:
+  """One stage's state while it is trained."""
+
+  def __init__(self, stage, workdir, key, mesh, result, log):
+    self.stage = stage
+    self.log = log
+    self.step = make_step(
+        stage.method, stage.optimizers, mesh, **stage.options
+    )
+    params = stage.init(named_key(key, "init"), result.params)
+    expected = set(stage.method.named(Frozen)) | set(stage.method.losses)
+    if missing := sorted(expected - set(params)):
+      raise ValueError(
+          f"stage {stage.name}: init must return parameters for"
+          f" {sorted(expected)}, got none for {missing}"
+      )
+    self.frozen = jax.device_put(
+        {n: params[n] for n in stage.method.named(Frozen)},
+        sharding.replicated(mesh),
+    )
+    self.state = self.step.init(params, named_key(key, "steps"))
+    self.data = stage.data()
+    self.folder = workdir / "checkpoints" / stage.name
+    self.clock = _Clock()
+    self.step_number = 0
+
+  def restore(self, keep: int) -> bool:
+    self.checkpoints = checkpoint_lib.Checkpoints(
+        self.folder, keep=keep, log=self.log
+    )
+    found = self.checkpoints.restore(self.state)
+    if found is None:
+      return False
+    self.state, host = found
+    self.data.set_state(base64.b64decode(host["data"]))
+    self.clock = _Clock(host["clock"])
+    self.step_number = int(self.state.step)
+    return True
+
+  def save(self) -> None:
+    self.checkpoints.save(
+        self.state,
+        {
+            "data": base64.b64encode(self.data.get_state()).decode(),
+            "clock": self.clock.read(),
+        },
+    )
+
+  def train(
+      self, stop, lines, hooks, log_every, checkpoint_every, max_skips
+  ) -> None:
+    stage, step = self.stage, self.step
+    totals = metrics_lib.Totals()
+
+    def moment(values=None):
+      return hooks_lib.Moment(
+          stage, self.step_number, self.state, self.frozen, values or {}
+      )
+
+    if self.step_number >= stage.steps:
+      return
+    for hook in hooks:
+      hook.on_start(moment())
+    seen, since = 0, self.clock.working()
+    try:
+      while self.step_number < stage.steps:
+        batch = sharding.put_rows(next(self.data), step.mesh)
+        if stage.method.collect is not None:
+          batch = self._collect(batch)
+        seen += jax.tree.leaves(batch)[0].shape[0]
+        updates = stage.method.schedule.updates(self.step_number)
+        self.state, metrics = step(updates, self.state, self.frozen, batch)
+        self.step_number += 1
+        totals.add(metrics)
+        last = self.step_number == stage.steps
+        if self.step_number % log_every == 0 or last:
+          values = totals.flush()
+          now = self.clock.working()
+          values["samples_per_second"] = seen / max(now - since, 1e-9)
+          seen, since = 0, now
+          lines.write(stage.name, self.step_number, values)
+          for hook in hooks:
+            hook.on_log(moment(values))
+          self._guard(max_skips)
+        for hook in hooks:
+          hook.on_step(moment())
+        if self.step_number % checkpoint_every == 0 or last:
+          self.save()
+        if stop.received is not None and not last:
+          self.save()
+          raise Interrupted(stage.name, self.step_number, stop.received)
+    finally:
+      for hook in hooks:
+        hook.on_end(moment())
+
+  def _collect(self, batch):
+    key = jax.random.fold_in(self.state.key, self.state.step)
+    updates = self.stage.method.schedule.updates(self.step_number)
+    return self.stage.method.collect(
+        {**self.frozen, **self.state.params},
+        batch,
+        Context(self.state.step, key, updates, self.state.carry),
+    )
+
+  def _guard(self, max_skips: int) -> None:
+    for name, count in jax.device_get(self.state.skipped).items():
+      if count[1] > max_skips:
+        self.save()
+        raise Diverged(
+            f"stage {self.stage.name}: {count[1]} updates in a row of"
+            f" {name!r} had a loss or gradient that is not finite (limit"
+            f" {max_skips}); the last good state is saved at step"
+            f" {self.step_number} in {self.folder}"
+        )
+
+  def finish(self, result: Result) -> None:
+    name = self.stage.name
+    wall, cpu, compiled = self.clock.read()
+    host = {"seconds": wall, "cpu_seconds": cpu, "compile_seconds": compiled}
+    for field, value in host.items():
+      getattr(result, field)[name] = value
+    for network, count in jax.device_get(self.state.skipped).items():
+      result.skipped[f"{name}/{network}"] = int(count[0])
+    result.params[name] = {**self.frozen, **self.state.params}
+    self.checkpoints.close()

@@ -1,0 +1,61 @@
+"""Meshes and placements: plain data parallelism over every device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from distilljax.typing import PyTree
+
+RULES = ("dp",)
+
+
+def make_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """A mesh with the axis `data` over all devices (or those given)."""
+  devices = jax.devices() if devices is None else list(devices)
+  return jax.make_mesh(
+      (len(devices),), ("data",), (AxisType.Auto,), devices=devices
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The leading axis is cut over the mesh's data axis."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+  """Host rows of this process -> global arrays, cut over the data axis.
+
+  Args:
+    batch: pytree of NumPy arrays with a common leading axis: this process's
+      rows (with one process: the whole batch).
+    mesh: the mesh.
+
+  Returns:
+    The same pytree of global arrays.
+
+  Raises:
+    ValueError: the rows do not divide over the devices.
+  """
+  sharding = rows(mesh)
+  local = len(mesh.local_devices)
+  for name, array in batch.items():
+    if np.shape(array)[0] % local:
+      raise ValueError(
+          f"batch: {name} must have rows divisible by {local} devices, got"
+          f" {np.shape(array)[0]}; nearest:"
+          f" {max(1, round(np.shape(array)[0] / local)) * local}"
+      )
+  if jax.process_count() == 1:
+    return jax.device_put(dict(batch), sharding)
+  return {
+      k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
+      for k, v in batch.items()
+  }
