@@ -245,16 +245,20 @@ def holds(
 
 def finite(fn: str, **arrays: Any) -> None:
   """No NaN and no infinity (numbers always, arrays in debug mode)."""
+  def predicate(x):
+    # NumPy for a number: inside a trace jnp would make a tracer of it.
+    return np.isfinite(x) if is_number(x) else jnp.isfinite(x)
+
   for name, array in arrays.items():
-    holds(fn, name, array, jnp.isfinite, "finite")
+    holds(fn, name, array, predicate, "finite")
 
 
 def in_range(
     fn: str,
     name: str,
     value: Any,
-    low: float | None = None,
-    high: float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     *,
     open_low: bool = False,
     open_high: bool = False,
