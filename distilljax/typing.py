@@ -18,6 +18,8 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import Scalar
 from jaxtyping import Shaped
 
+# A Python number: an annotation `float` alone would refuse the integer 1.
+Number = float | int
 # A nested dict of arrays: the parameters of one network.
 Params = Any
 # Any pytree of arrays.
@@ -40,6 +42,7 @@ __all__ = [
     "Int",
     "Key",
     "Metric",
+    "Number",
     "PRNGKeyArray",
     "Params",
     "PredictionFn",
