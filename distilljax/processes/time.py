@@ -45,7 +45,7 @@ def shift_time(t: Float[Array, "*b"] | Number, *, shift: Number):
 
 def time_grid(
     n: int, *, start: Number = 1.0, end: Number = 0.0, shift: Number = 1.0
-) -> Float[Array, "n+1"]:
+) -> Float[Array, "{n}+1"]:
   """n + 1 times from `start` down to `end`, evenly spaced, then shifted.
 
   Args:
