@@ -1,6 +1,8 @@
 """Checkpoints of one stage: Orbax v1, atomic, the data iterator beside the state."""
 
+import contextlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -37,6 +39,27 @@ def _words(host: dict[str, Any]) -> np.ndarray:
 
 def _record(words: Any) -> dict[str, Any]:
   return json.loads(np.asarray(words).tobytes())
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps the writers' tracebacks out of the log: the error says it in a line."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+  """The innermost cause of a failed write, in one line."""
+  text = " ".join(str(error).split()) or repr(error)
+  for words in ("No space left on device", "File too large", "Disk quota"):
+    if words in text:
+      return words
+  return text[:200]
 
 
 class Checkpoints:
@@ -97,16 +120,17 @@ class Checkpoints:
     if step in self.steps():
       return step
     try:
-      saved = self._open().save_checkpointables(
-          step,
-          {"state": _storable(state), "host": {"json": _words(host)}},
-      )
+      with _quiet():
+        saved = self._open().save_checkpointables(
+            step,
+            {"state": _storable(state), "host": {"json": _words(host)}},
+        )
       if not saved or step not in self.steps():
         raise OSError("the checkpointer did not commit")
     except Exception as e:  # Orbax and its writers raise many kinds
-      self.close()
+      self._abandon()
       intact = self.steps()
-      what = str(e).strip().splitlines()[0][:200] if str(e).strip() else repr(e)
+      what = _reason(e)
       raise SaveError(
           f"checkpoint: step {step} could not be saved in {self.folder}"
           f" ({what}); last good checkpoint:"
@@ -138,7 +162,7 @@ class Checkpoints:
         )
         return _state(loaded["state"]), _record(loaded["host"]["json"])
       except Exception as e:  # pylint: disable=broad-exception-caught
-        self.close()
+        self._abandon()
         aside = self.folder.with_name(f"{self.folder.name}.unreadable-{step}")
         os.replace(self.folder / str(step), aside)
         self._log(
@@ -155,6 +179,11 @@ class Checkpoints:
 
   def close(self) -> None:
     """Releases the folder."""
-    if self._checkpointer is not None:
-      self._checkpointer.close()
-      self._checkpointer = None
+    checkpointer, self._checkpointer = self._checkpointer, None
+    if checkpointer is not None:
+      checkpointer.close()
+
+  def _abandon(self) -> None:
+    """Releases the folder after a failure, which `close` would raise again."""
+    with _quiet(), contextlib.suppress(Exception):
+      self.close()

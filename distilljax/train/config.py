@@ -5,11 +5,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from distilljax import _checks
+
+Config: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -126,7 +128,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
   """{"student.learning_rate": 1e-3, ...} of a nested config."""
   out = {}
   for key in config:
@@ -138,7 +140,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return out
 
 
-def to_json(config: Mapping[str, Any]) -> str:
+def to_json(config: Config) -> str:
   """The config as JSON text with sorted keys."""
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
@@ -146,7 +148,7 @@ def to_json(config: Mapping[str, Any]) -> str:
 
 
 def known(
-    block: str, given: Mapping[str, Any], allowed: Iterable[str]
+    block: str, given: Config, allowed: Iterable[str]
 ) -> None:
   """Raises one line for a key of a config block that nothing reads."""
   allowed = list(allowed)
@@ -157,7 +159,7 @@ def known(
       )
 
 
-def claim_workdir(workdir: str | os.PathLike, config: Mapping[str, Any]) -> bool:
+def claim_workdir(workdir: str | os.PathLike, config: Config) -> bool:
   """Takes a folder for the run of one config; refuses another config's.
 
   Args:

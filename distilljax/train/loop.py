@@ -208,9 +208,10 @@ def run(
       key = named_key(root, stage.name)
       runner = _Runner(stage, workdir, key, mesh, result, log)
       resumed = runner.restore(keep)
-      lines.rewind(stage.name, runner.step_number, names[:i])
-      if resumed and runner.step_number < stage.steps:
-        log(f"{stage.name}: resumed at step {runner.step_number}")
+      if runner.step_number < stage.steps:
+        lines.rewind(stage.name, runner.step_number, names[:i])
+        if resumed:
+          log(f"{stage.name}: resumed at step {runner.step_number}")
       runner.train(
           stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
       )

@@ -139,6 +139,14 @@ class Step:
       batch: Mapping[str, Array],
   ) -> tuple[State, dict[str, Mean]]:
     """One step: updates the named networks, donates `state`."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % self._accumulation:
+      _checks.fail(
+          "step",
+          "batch",
+          f"of rows divisible by accumulation {self._accumulation}",
+          rows,
+      )
     return self.jitted(updates, state, dict(frozen), batch)
 
   def init(self, params: Mapping[str, Params], key: Array) -> State:
@@ -199,7 +207,7 @@ class Step:
       )
       fine[name] = ok
       values["loss"] = metrics_lib.once(total)
-      values["grad_norm"] = metrics_lib.once(optax.global_norm(grads))
+      values["grad_norm"] = metrics_lib.once(optax.tree.norm(grads))
       # A skipped update says so and leaves its numbers out of the averages.
       for metric, value in values.items():
         metrics[f"{name}/{metric}"] = Mean(
