@@ -260,7 +260,7 @@ class TestDenoisingLoss:
 
     def loss(**more):
       return losses.denoising_loss(
-          prediction, x0, noise, kind=kind, alpha=alpha, sigma=sigma, **more
+          prediction, x0, noise, (alpha, sigma, -1.0, 1.0), kind=kind, **more
       )
 
     close(loss(), squares.mean((1, 2)))
@@ -272,8 +272,7 @@ class TestDenoisingLoss:
   def test_velocity_of_another_path(self):
     prediction, x0, noise, a, b = jnps(X, X0, NOISE, ROWS, ROWS - 1.0)
     got = losses.denoising_loss(
-        prediction, x0, noise, kind="velocity", alpha_derivative=a,
-        sigma_derivative=b,
+        prediction, x0, noise, (0.1, 0.2, a, b), kind="velocity"
     )
     target = col(ROWS) * X0 + col(ROWS - 1.0) * NOISE
     close(got, ((X - target) ** 2).mean((1, 2)), rtol=1e-5)
@@ -284,7 +283,7 @@ class TestDenoisingLoss:
   def test_only_the_prediction_has_a_gradient(self, kind):
     def total(prediction, x0, noise, alpha, sigma, weight):
       return losses.denoising_loss(
-          prediction, x0, noise, kind=kind, alpha=alpha, sigma=sigma,
+          prediction, x0, noise, (alpha, sigma, -1.0, 1.0), kind=kind,
           weight=weight,
       ).sum()
 
@@ -324,15 +323,16 @@ class TestDenoisingLoss:
       losses.denoising_loss(p, x0, elements="all")
     for kind in ("epsilon", "score", "velocity", "v"):
       with helpers.one_line_error(f"noise must be given with kind='{kind}'"):
-        losses.denoising_loss(p, x0, kind=kind, alpha=1.0, sigma=1.0)
-    with helpers.one_line_error("sigma must be given with kind='score'"):
-      losses.denoising_loss(p, x0, noise, kind="score")
-    with helpers.one_line_error("alpha must be given with kind='v'"):
-      losses.denoising_loss(p, x0, noise, kind="v", sigma=1.0)
-    with helpers.one_line_error("sigma must be given with kind='v'"):
-      losses.denoising_loss(p, x0, noise, kind="v", alpha=1.0)
-    with helpers.one_line_error(r"sigma must be in \(0, inf\), got 0"):
-      losses.denoising_loss(p, x0, noise, kind="score", sigma=0.0)
+        losses.denoising_loss(p, x0, None, (1.0, 1.0, 0.0, 0.0), kind=kind)
+    for kind in ("score", "v"):
+      with helpers.one_line_error(f"coefficients must be given.*'{kind}'"):
+        losses.denoising_loss(p, x0, noise, kind=kind)
+    with helpers.one_line_error("coefficients must be .*got 2 items"):
+      losses.denoising_loss(p, x0, noise, (1.0, 1.0), kind="v")
+    with helpers.one_line_error(r"coefficients.sigma must be \[b\]=\[3\]"):
+      losses.denoising_loss(
+          p, x0, noise, (1.0, jnp.ones(2), 0.0, 0.0), kind="v"
+      )
     with helpers.one_line_error(r"noise must be \[3, 2, 4\] like prediction"):
       losses.denoising_loss(p, x0, noise[:, :1], kind="epsilon")
     with helpers.one_line_error(r"x0 must be \[3, 2, 4\] like prediction"):
