@@ -297,6 +297,35 @@ class NoisePath(abc.ABC):
     )
     return alpha_prime * x0 + sigma_prime * noise
 
+  def definition(
+      self, t: Float[Array, "*b"] | Number, target: str
+  ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """(of x0, of noise): the combination that a prediction is.
+
+    target = of_x0 x0 + of_noise noise: what a network trained on `target`
+    regresses on. Unknown targets are a ValueError.
+    """
+    fn = f"{type(self).__name__}.definition"
+    _checks.one_of(fn, "target", target, self.predictions)
+    c = self._coefficients(self._time("definition", t))
+    if target == "score":
+      return jnp.zeros_like(c.sigma), -1 / c.sigma
+    return _definition(target, c, self._sigma_data())
+
+  def target(
+      self,
+      x0: Float[Array, "*s"],
+      noise: Float[Array, "*s"],
+      t: Float[Array, "*b"] | Number,
+      kind: str,
+  ) -> Float[Array, "*s"]:
+    """What a network of prediction `kind` should give; as `add_noise`."""
+    (x0, noise), (of_x0, of_noise) = _together(
+        f"{type(self).__name__}.target", self.definition(t, kind),
+        x0=x0, noise=noise,
+    )
+    return of_x0 * x0 + of_noise * noise
+
   def conversion_range(self, source: str, target: str) -> tuple[float, float]:
     """The times between which a conversion is not singular.
 
