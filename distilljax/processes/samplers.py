@@ -5,7 +5,8 @@ The network is a closure, always called with one time a row:
 [b]. `times` decreases (noise to data), shape [n], or [n, b] for times of each
 row. Random numbers are arguments. Loops are `lax.scan`; `unroll=True` leaves no
 loop, which is what a convolutional network wants on CPU (inside a rolled loop
-it runs 8 to 19 times slower there); any other network is best left rolled.
+it runs 8 to 19 times slower there); any other network is best left rolled. It is
+a Python loop: called eagerly with a jitted network it compiles one step only.
 """
 
 import jax
@@ -46,6 +47,10 @@ def _grid(fn: str, x: Array, times, least: int) -> Array:
 
 def _scan(step, x, xs, unroll: bool | int):
   """The last state of a scan whose steps keep x's dtype."""
+  if unroll is True:
+    for i in range(jax.tree.leaves(xs)[0].shape[0]):
+      x = step(x, *jax.tree.map(lambda a, i=i: a[i], xs)).astype(x.dtype)
+    return x
 
   def body(x, inputs):
     return step(x, *inputs).astype(x.dtype), None
