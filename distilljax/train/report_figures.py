@@ -164,7 +164,8 @@ def image_grid(
     axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize=9.5)
     axes.xaxis.tick_top()
-    names = [textwrap.fill(str(n), max(6, int(cell * 11))) for n in column_names]
+    most = max(6, int(cell * 11))
+    names = [textwrap.fill(str(n), most) for n in column_names]
     centre_x = np.arange(columns) * step_x + (step_x - gap) / 2
     axes.set_xticks(centre_x, names, color=style.muted)
     ticks, texts, start = [], [], 0
