@@ -5,8 +5,9 @@ The network is a closure, always called with one time a row:
 [b]. `times` decreases (noise to data), shape [n], or [n, b] for times of each
 row. Random numbers are arguments. Loops are `lax.scan`; `unroll=True` leaves no
 loop, which is what a convolutional network wants on CPU (inside a rolled loop
-it runs 8 to 19 times slower there); any other network is best left rolled. It is
-a Python loop: called eagerly with a jitted network it compiles one step only.
+it runs 8 to 19 times slower there); any other network is best left rolled.
+`True` is a Python loop: called eagerly with a jitted network it compiles one
+step only.
 """
 
 import jax
@@ -46,15 +47,16 @@ def _grid(fn: str, x: Array, times, least: int) -> Array:
 
 
 def _scan(step, x, xs, unroll: bool | int):
-  """The last state of a scan whose steps keep x's dtype."""
-  if unroll is True:
-    for i in range(jax.tree.leaves(xs)[0].shape[0]):
-      x = step(x, *jax.tree.map(lambda a, i=i: a[i], xs)).astype(x.dtype)
-    return x
+  """The last state of a scan whose steps keep the dtypes of the state."""
 
   def body(x, inputs):
-    return step(x, *inputs).astype(x.dtype), None
+    out = step(x, *inputs)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), out, x), None
 
+  if unroll is True:
+    for i in range(jax.tree.leaves(xs)[0].shape[0]):
+      x, _ = body(x, jax.tree.map(lambda a, i=i: a[i], xs))
+    return x
   return jax.lax.scan(body, x, xs, unroll=unroll)[0]
 
 
@@ -89,6 +91,190 @@ def euler(
     return x - _checks.expand_like(t - r, x) * velocity_fn(x, t)
 
   return _scan(step, x, (times[:-1], times[1:]), unroll)
+
+
+def heun(
+    velocity_fn: PredictionFn,
+    x: Float[Array, "b *s"],
+    times: Float[Array, "..."],
+    *,
+    euler_last: bool = False,
+    unroll: bool | int = 1,
+) -> Float[Array, "b *s"]:
+  """Heun's second-order method: x <- x - (t - r) (v_t + v_r) / 2.
+
+  v_t = velocity_fn(x, t) and v_r is taken at (x - (t - r) v_t, r). Two calls a
+  step. With sigmas for times it is EDM's deterministic sampler; see `euler`.
+
+  Args:
+    velocity_fn: (x, t) -> d x / dt. t [b].
+    x: the state at times[0]. Shape [b, *s].
+    times: decreasing. Shape [n + 1] or [n + 1, b].
+    euler_last: the last step is Euler's: for a velocity such as (x - x0) / t
+      that cannot be called at its end, t = 0.
+    unroll: see the module's docstring.
+
+  Returns:
+    The state at times[-1], shape [b, *s], at least float32.
+
+  Raises:
+    ValueError: fewer than two times, or an empty batch.
+
+  References:
+    Karras et al., Elucidating the Design Space, 2022, arXiv:2206.00364,
+    algorithm 1.
+  """
+  x = _checks.at_least_float32(x)
+  times = _grid("heun", x, times, 2)
+
+  def step(x, t, r):
+    h = _checks.expand_like(t - r, x)
+    first = velocity_fn(x, t).astype(x.dtype)
+    second = velocity_fn(x - h * first, r).astype(x.dtype)
+    return x - h * (first + second) / 2
+
+  last = 1 if euler_last else 0
+  n = times.shape[0] - 1 - last
+  x = _scan(step, x, (times[:n], times[1 : n + 1]), unroll)
+  if euler_last:
+    t, r = times[-2], times[-1]
+    x = (x - _checks.expand_like(t - r, x) * velocity_fn(x, t)).astype(x.dtype)
+  return x
+
+
+def _levels(path: path_lib.NoisePath, times: Array, x: Array):
+  """alpha and sigma at times [n, b], in x's dtype."""
+  c = path.coefficients(times)
+  return c.alpha.astype(x.dtype), c.sigma.astype(x.dtype)
+
+
+def ancestral(
+    x0_fn: DenoiseFn,
+    x: Float[Array, "b *s"],
+    times: Float[Array, "..."],
+    noises: Float[Array, "..."] | None = None,
+    *,
+    path: path_lib.NoisePath,
+    eta: Number = 1.0,
+    unroll: bool | int = 1,
+) -> Float[Array, "b *s"]:
+  """DDPM's ancestral sampler (eta = 1), or DDIM (eta = 0), on any path.
+
+  From t to r, with x0 = x0_fn(x, t) and epsilon = (x - alpha_t x0) / sigma_t:
+    s = eta sigma_r sqrt(1 - (alpha_t sigma_r / (alpha_r sigma_t))^2)
+    x <- alpha_r x0 + sqrt(sigma_r^2 - s^2) epsilon + s noise.
+  With eta = 0 this is Euler in sigma / alpha, whatever the path's time: what
+  EDM (with its warped time) and TrigFlow (a rotation) are sampled by.
+
+  Args:
+    x0_fn: (x, t) -> x0. t [b].
+    x: the state at times[0]. Shape [b, *s].
+    times: decreasing, and sigma > 0 at all but the last. Shape [n + 1] or
+      [n + 1, b].
+    noises: unit noise of each step; None only at eta 0. Shape [n, b, *s].
+    path: the noise path.
+    eta: share of the posterior's deviation that is drawn anew, in [0, 1].
+    unroll: see the module's docstring.
+
+  Returns:
+    The state at times[-1], shape [b, *s], at least float32.
+
+  Raises:
+    ValueError: fewer than two times, noises of another shape or missing, eta
+      outside [0, 1], or an empty batch.
+
+  References:
+    Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239,
+    eq. 7; Song et al., DDIM, 2020, arXiv:2010.02502, eq. 12 and 16.
+  """
+  fn = "ancestral"
+  x = _checks.at_least_float32(x)
+  times = _grid(fn, x, times, 2)
+  _checks.in_range(fn, "eta", eta, 0, 1)
+  n = times.shape[0] - 1
+  if noises is None:
+    if eta:
+      _checks.fail(fn, "noises", "given when eta > 0", None)
+    noises = jnp.zeros((n, 1), x.dtype)
+  else:
+    noises = _noises(fn, x, noises, n)
+  alpha, sigma = _levels(path, times, x)
+
+  def step(x, t, alpha, sigma, alpha_r, sigma_r, noise):
+    kept = jnp.square(alpha * sigma_r / (alpha_r * sigma))
+    fresh = eta * sigma_r * jnp.sqrt(jnp.maximum(1 - kept, 0))
+    old = jnp.sqrt(jnp.maximum(jnp.square(sigma_r) - jnp.square(fresh), 0))
+    x0 = x0_fn(x, t).astype(x.dtype)
+    alpha, sigma, alpha_r, fresh, old = (
+        _checks.expand_like(a, x) for a in (alpha, sigma, alpha_r, fresh, old)
+    )
+    out = alpha_r * x0 + old * ((x - alpha * x0) / sigma)
+    return out + fresh * noise if eta else out
+
+  inputs = (
+      times[:-1], alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], noises
+  )
+  return _scan(step, x, inputs, unroll)
+
+
+def dpm_solver(
+    x0_fn: DenoiseFn,
+    x: Float[Array, "b *s"],
+    times: Float[Array, "..."],
+    *,
+    path: path_lib.NoisePath,
+    unroll: bool | int = 1,
+) -> Float[Array, "b *s"]:
+  """DPM-Solver++(2M): second order from two steps' predictions, one call each.
+
+  With l = log(alpha / sigma), h = l_r - l_t and the step before it h':
+    D = x0_t + h / (2 h') (x0_t - x0_before)
+    x <- sigma_r / sigma_t x + (alpha_r - alpha_t sigma_r / sigma_t) D.
+  The first step, and one that starts or ends where l is infinite (alpha = 0,
+  sigma = 0), uses D = x0_t.
+
+  Args:
+    x0_fn: (x, t) -> x0. t [b].
+    x: the state at times[0]. Shape [b, *s].
+    times: strictly decreasing, and sigma > 0 at all but the last. Shape
+      [n + 1] or [n + 1, b].
+    path: the noise path.
+    unroll: see the module's docstring.
+
+  Returns:
+    The state at times[-1], shape [b, *s], at least float32.
+
+  Raises:
+    ValueError: fewer than two times, or an empty batch.
+
+  References:
+    Lu et al., DPM-Solver++, 2022, arXiv:2211.01095, algorithm 2.
+  """
+  x = _checks.at_least_float32(x)
+  times = _grid("dpm_solver", x, times, 2)
+  alpha, sigma = _levels(path, times, x)
+  steps = jnp.diff(jnp.log(alpha) - jnp.log(sigma), axis=0)
+  first = jnp.ones_like(steps[:1])
+  before = jnp.concatenate([first, steps[:-1]])
+  usable = jnp.isfinite(steps) & jnp.isfinite(before)
+  usable = usable & (jnp.arange(steps.shape[0]) > 0)[:, None]
+  ratio = jnp.where(usable, steps, jnp.zeros_like(steps)) / (
+      2 * jnp.where(usable, before, jnp.ones_like(before))
+  )
+
+  def step(state, t, alpha, sigma, alpha_r, sigma_r, ratio):
+    x, previous = state
+    x0 = x0_fn(x, t).astype(x.dtype)
+    shrink = sigma_r / sigma
+    shrink, push, ratio = (
+        _checks.expand_like(a, x)
+        for a in (shrink, alpha_r - alpha * shrink, ratio)
+    )
+    data = x0 + ratio * (x0 - previous)
+    return shrink * x + push * data, x0
+
+  inputs = (times[:-1], alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], ratio)
+  return _scan(step, (x, jnp.zeros_like(x)), inputs, unroll)[0]
 
 
 def flow_map(
