@@ -1,15 +1,15 @@
 """Data: small real sets in the package, readers, iterators with exact state."""
 
-from distilljax.data.iterator import BatchIterator
-from distilljax.data.iterator import make_iterator
-from distilljax.data.iterator import row_iterator
-from distilljax.data.load import Info
-from distilljax.data.load import from_tfds
-from distilljax.data.load import info
-from distilljax.data.load import load
-from distilljax.data.load import names
-from distilljax.data.load import read_fashion_mnist
-from distilljax.data.load import read_idx
+from distilljax.data.iterator import BatchIterator, make_iterator, row_iterator
+from distilljax.data.load import (
+    Info,
+    from_tfds,
+    info,
+    load,
+    names,
+    read_fashion_mnist,
+    read_idx,
+)
 
 __all__ = [
     "BatchIterator",

@@ -42,7 +42,6 @@ class BatchIterator:
 
   Attributes:
     batch_size: rows of a batch over all processes.
-    position: number of the next batch, from 0.
   """
 
   def __init__(
@@ -67,6 +66,7 @@ class BatchIterator:
 
   @property
   def position(self) -> int:
+    """Number of the next batch, from 0."""
     return int(self._iterator.get_state()["next_index"])
 
   def get_state(self) -> bytes:

@@ -58,8 +58,8 @@ class DiT(nnx.Module):
 
   Call: `apply_fn(params, x, t, *, label=None, r=None, features=False)` with
   x [b, h, w, in_channels] (h, w multiples of `patch`), t [b] in [0, 1], label
-  [b] int32 (num_classes or None = the null class), r [b] <= t (None = t). The
-  output is like x; features are the tokens of the middle block, [b, n, width].
+  [b] int32 (num_classes or None = the null class), r [b] in [0, 1] (None =
+  t). The output is like x; features are the tokens of the middle block, [b, n, width].
 
   Args:
     in_channels: channels of the image.
@@ -114,6 +114,7 @@ class DiT(nnx.Module):
     )
 
   def __call__(self, x, t, *, label=None, r=None, features=False):
+    """The prediction, like x; with `features` (prediction, features)."""
     _checks.rank("DiT", "x", x, 4, "[b, h, w, c]")
     if x.shape[-1] != self.in_channels:
       _checks.fail("DiT", "x", f"[b, h, w, {self.in_channels}]", list(x.shape))

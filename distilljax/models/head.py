@@ -22,13 +22,20 @@ class Head(nnx.Module):
     rngs: NNX random streams.
   """
 
-  def __init__(self, *, features: int, width: int = 64, rngs: layers.Draws | nnx.Rngs):
+  def __init__(
+      self,
+      *,
+      features: int,
+      width: int = 64,
+      rngs: layers.Draws | nnx.Rngs,
+  ):
     self.features = features
     self.hidden = layers.Linear(features, width, rngs=rngs)
     self.mix = layers.Linear(width, width, rngs=rngs)
     self.out = layers.Linear(width, 1, rngs=rngs)
 
   def __call__(self, features):
+    """Logits [b]."""
     _checks.min_rank("Head", "features", features, 2, "[b, ..., d]")
     if features.shape[-1] != self.features:
       _checks.fail(

@@ -91,6 +91,7 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
   def __call__(self, x):
+    """[..., inputs] to [..., outputs]."""
     bias = self.bias[...]
     return x @ self.kernel[...] + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -115,6 +116,7 @@ class Conv(nnx.Module):
     self.implementation = implementation
 
   def __call__(self, x):
+    """[b, h, w, inputs] to [b, h', w', outputs]."""
     out = conv2d(
         x,
         self.kernel[...],
@@ -131,6 +133,7 @@ class Embed(nnx.Module):
     self.table = normal(rngs, (rows, width), 0.02)
 
   def __call__(self, ids):
+    """[*b] to [*b, width]."""
     # An id outside the table gives NaN, not its neighbour's vector.
     return jnp.take(self.table[...], ids, axis=0, mode="fill")
 

@@ -16,7 +16,8 @@ class MLP(nnx.Module):
 
   Call: `apply_fn(params, x, t, *, label=None, r=None, features=False)` with
   x [b, dim], t [b] in [0, 1], label [b] int32 (num_classes or None = the null
-  class), r [b] <= t (None = t). Features are the last hidden layer [b, width].
+  class), r [b] in [0, 1] (None = t). Features are the last hidden
+  layer [b, width].
 
   Args:
     dim: dimension of the points.
@@ -59,6 +60,7 @@ class MLP(nnx.Module):
     self.head = layers.Linear(width, dim, zero=zero_head, rngs=rngs)
 
   def __call__(self, x, t, *, label=None, r=None, features=False):
+    """The prediction, like x; with `features` (prediction, features)."""
     _checks.rank("MLP", "x", x, 2, "[b, d]")
     if x.shape[-1] != self.dim:
       _checks.fail("MLP", "x", f"[b, {self.dim}]", list(x.shape))

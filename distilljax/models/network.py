@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from distilljax import _checks
 from distilljax.typing import Params
@@ -89,8 +90,6 @@ def from_nnx(module: Any) -> Network:
     TypeError: `module` is not an NNX module.
     ValueError: a dropout or batch norm inside is in training mode.
   """
-  from flax import nnx  # pylint: disable=g-import-not-at-top
-
   if not isinstance(module, nnx.Module):
     raise TypeError(
         f"from_nnx: module must be a flax.nnx.Module, got"
@@ -124,8 +123,8 @@ def from_linen(module: Any, variables: dict[str, Any]) -> Network:
   """A network from a `flax.linen.Module` and the variables of its `init`.
 
   Args:
-    module: the module; `module.apply` becomes `apply_fn`. A mutable collection
-      or `rngs` may be bound beforehand (functools.partial of `from_callable`).
+    module: the module; `module.apply` becomes `apply_fn`, with no mutable
+      collection and no rngs of its own.
     variables: what `module.init` returned. Collections other than "params" are
       constants of `apply_fn`.
 
@@ -296,14 +295,3 @@ def feature_dim(network: Network, sample_shape: tuple[int, ...]) -> int:
   )
   return features.shape[-1]
 
-
-__all__ = [
-    "Network",
-    "count_params",
-    "feature_dim",
-    "from_callable",
-    "from_linen",
-    "from_nnx",
-    "transfer",
-    "with_head",
-]

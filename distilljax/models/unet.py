@@ -7,13 +7,15 @@ from distilljax import _checks
 from distilljax.models import layers
 from distilljax.models.time_embedding import Conditioning
 
+# Of every group norm.
+_GROUPS = 8
+
 
 class _Block(nnx.Module):
   """norm, silu, conv, norm modulated by c, silu, conv from zero, plus x."""
 
   def __init__(self, inputs, outputs, condition, *, implementation, rngs):
     conv = dict(implementation=implementation, rngs=rngs)
-    self.groups = (min(8, inputs), min(8, outputs))
     self.conv_in = layers.Conv(inputs, outputs, **conv)
     self.conv_out = layers.Conv(outputs, outputs, zero=True, **conv)
     self.modulation = layers.Linear(condition, 2 * outputs, rngs=rngs)
@@ -22,9 +24,9 @@ class _Block(nnx.Module):
       self.skip = layers.Linear(inputs, outputs, rngs=rngs)
 
   def __call__(self, x, c):
-    h = self.conv_in(nnx.silu(layers.normalize(x, groups=self.groups[0])))
+    h = self.conv_in(nnx.silu(layers.normalize(x, groups=_GROUPS)))
     scale, shift = jnp.split(self.modulation(c), 2, axis=-1)
-    h = layers.normalize(h, groups=self.groups[1])
+    h = layers.normalize(h, groups=_GROUPS)
     h = self.conv_out(nnx.silu(layers.modulate(h, scale, shift)))
     return (self.skip(x) if self.widens else x) + h
 
@@ -39,8 +41,8 @@ class UNet(nnx.Module):
 
   Call: `apply_fn(params, x, t, *, label=None, r=None, features=False)` with
   x [b, h, w, in_channels] (h, w multiples of `patch`), t [b] in [0, 1], label
-  [b] int32 (num_classes or None = the null class), r [b] <= t (None = t). The
-  output is like x; features are the bottom map [b, h', w', d].
+  [b] int32 (num_classes or None = the null class), r [b] in [0, 1] (None =
+  t). The output is like x; features are the bottom map [b, h', w', d].
 
   Args:
     in_channels: channels of the image.
@@ -71,8 +73,8 @@ class UNet(nnx.Module):
       conv: str = "native",
       rngs: layers.Draws | nnx.Rngs,
   ):
-    if channels % 8:
-      _checks.fail("UNet", "channels", "a multiple of 8", channels)
+    if channels % _GROUPS:
+      _checks.fail("UNet", "channels", f"a multiple of {_GROUPS}", channels)
     _checks.one_of("UNet", "conv", conv, ("native", "dot"))
     self.in_channels = in_channels
     self.patch = patch
@@ -90,25 +92,22 @@ class UNet(nnx.Module):
     self.stem = layers.Linear(patch**2 * in_channels, widths[0], rngs=rngs)
     for i, width in enumerate(widths):
       for j in range(blocks):
-        setattr(self, f"down_{i}_{j}", _Block(width, width, condition, **shared))
-        setattr(
-            self, f"up_{i}_{j}", _Block(2 * width, width, condition, **shared)
-        )
+        down = _Block(width, width, condition, **shared)
+        setattr(self, f"down_{i}_{j}", down)
+        up = _Block(2 * width, width, condition, **shared)
+        setattr(self, f"up_{i}_{j}", up)
       if i + 1 < self.levels:
-        setattr(
-            self,
-            f"downsample_{i}",
-            layers.Conv(width, widths[i + 1], stride=2, **shared),
-        )
-        setattr(
-            self, f"upsample_{i}", layers.Linear(widths[i + 1], width, rngs=rngs)
-        )
+        narrow = layers.Conv(width, widths[i + 1], stride=2, **shared)
+        setattr(self, f"downsample_{i}", narrow)
+        widen = layers.Linear(widths[i + 1], width, rngs=rngs)
+        setattr(self, f"upsample_{i}", widen)
     self.bottom = _Block(widths[-1], widths[-1], condition, **shared)
     self.head = layers.Linear(
         widths[0], patch**2 * in_channels, zero=True, rngs=rngs
     )
 
   def __call__(self, x, t, *, label=None, r=None, features=False):
+    """The prediction, like x; with `features` (prediction, features)."""
     _checks.rank("UNet", "x", x, 4, "[b, h, w, c]")
     if x.shape[-1] != self.in_channels:
       _checks.fail(
@@ -134,7 +133,7 @@ class UNet(nnx.Module):
       for j in range(self.blocks):
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = getattr(self, f"up_{i}_{j}")(h, c)
-    h = nnx.silu(layers.normalize(h, groups=8))
+    h = nnx.silu(layers.normalize(h, groups=_GROUPS))
     out = _checks.at_least_float32(
         layers.unpatchify(self.head(h), self.patch)
     )

@@ -6,17 +6,14 @@ from typing import Any
 import jax
 
 from distilljax import _checks
-from distilljax.models import layers
-from distilljax.models import network
+from distilljax.models import dit, head, layers, mlp, network, unet
 
-
-def _modules():
-  from distilljax.models import dit  # pylint: disable=g-import-not-at-top
-  from distilljax.models import head  # pylint: disable=g-import-not-at-top
-  from distilljax.models import mlp  # pylint: disable=g-import-not-at-top
-  from distilljax.models import unet  # pylint: disable=g-import-not-at-top
-
-  return {"dit": dit.DiT, "head": head.Head, "mlp": mlp.MLP, "unet": unet.UNet}
+_MODULES = {
+    "dit": dit.DiT,
+    "head": head.Head,
+    "mlp": mlp.MLP,
+    "unet": unet.UNet,
+}
 
 
 def make(kind: str, key: jax.Array, **hyper: Any) -> network.Network:
@@ -47,9 +44,8 @@ def make(kind: str, key: jax.Array, **hyper: Any) -> network.Network:
     >>> net.apply_fn(net.params, x, jax.numpy.ones(4)).shape
     (4, 2)
   """
-  modules = _modules()
-  _checks.one_of("make", "kind", kind, modules)
-  signature = inspect.signature(modules[kind].__init__).parameters
+  _checks.one_of("make", "kind", kind, _MODULES)
+  signature = inspect.signature(_MODULES[kind].__init__).parameters
   known = [k for k in signature if k not in ("self", "rngs")]
   for name in hyper:
     _checks.one_of(f"make({kind!r})", "hyper-parameter", name, known)
@@ -60,7 +56,7 @@ def make(kind: str, key: jax.Array, **hyper: Any) -> network.Network:
   apply_fns = []
 
   def build(draws):
-    made = network.from_nnx(modules[kind](rngs=draws, **hyper))
+    made = network.from_nnx(_MODULES[kind](rngs=draws, **hyper))
     apply_fns.append(made.apply_fn)
     return made.params
 
