@@ -20,8 +20,8 @@ def check_number(
     fn: str,
     name: str,
     value: Any,
-    low: float | None = None,
-    high: float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     **bounds: bool,
 ) -> None:
   """`value` is a Python number in a range: it decides a branch at trace time."""
@@ -146,7 +146,7 @@ def kl(log_p: Array, log_q: Array) -> Array:
   return expectation(log_p, log_ratio(log_p, log_q))
 
 
-def log_mix(log_p: Array, log_q: Array, weight: float) -> Array:
+def log_mix(log_p: Array, log_q: Array, weight: Any) -> Array:
   """log(weight p + (1 - weight) q), 0 < weight < 1, -inf where both are 0."""
   top = jax.lax.stop_gradient(jnp.maximum(log_p, log_q))
   alive = top > -jnp.inf
@@ -155,7 +155,7 @@ def log_mix(log_p: Array, log_q: Array, weight: float) -> Array:
   return jnp.where(alive, jnp.log(jnp.where(alive, mixed, 1)) + top, -jnp.inf)
 
 
-def jsd(log_q: Array, log_p: Array, beta: float) -> Array:
+def jsd(log_q: Array, log_p: Array, beta: Any) -> Array:
   """beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q.
 
   beta = 0 is KL(p||q) and beta = 1 is KL(q||p), not the limits, which are 0.

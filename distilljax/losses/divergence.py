@@ -172,7 +172,7 @@ def generalized_jsd(
     student_logits: Float[Array, "*b v"],
     teacher_logits: Float[Array, "*b w"],
     *,
-    beta: float = 0.5,
+    beta: float | int = 0.5,
     temperature: Any = 1.0,
     vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
@@ -214,7 +214,7 @@ def skew_forward_kl(
     student_logits: Float[Array, "*b v"],
     teacher_logits: Float[Array, "*b w"],
     *,
-    alpha: float = 0.1,
+    alpha: float | int = 0.1,
     temperature: Any = 1.0,
     vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
@@ -251,7 +251,7 @@ def skew_reverse_kl(
     student_logits: Float[Array, "*b v"],
     teacher_logits: Float[Array, "*b w"],
     *,
-    alpha: float = 0.1,
+    alpha: float | int = 0.1,
     temperature: Any = 1.0,
     vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
@@ -336,7 +336,7 @@ def adaptive_kl(
     student_logits: Float[Array, "*b v"],
     teacher_logits: Float[Array, "*b w"],
     *,
-    mu: float = 0.5,
+    mu: float | int = 0.5,
     temperature: Any = 1.0,
     vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
@@ -396,7 +396,7 @@ def teacher_confidence(
     *,
     labels: Int[Array, "*b"] | None = None,
     kind: Literal["entropy", "label"] = "entropy",
-    k: float = 16,
+    k: float | int = 16,
     per: Literal["batch", "token"] = "batch",
     vocab_size: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -475,10 +475,10 @@ def entropy_aware_kl(
     *,
     labels: Int[Array, "*b"] | None = None,
     confidence: Any = "entropy",
-    k: float = 16,
+    k: float | int = 16,
     per: Literal["batch", "token"] = "batch",
     temperature: Any = 1.0,
-    min_prob: float = 1e-8,
+    min_prob: float | int = 1e-8,
     vocab_size: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:

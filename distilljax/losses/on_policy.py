@@ -24,7 +24,7 @@ import numpy as np
 
 from distilljax import _checks
 from distilljax.losses import _log_space
-from distilljax.typing import Array, Bool, Float, Int
+from distilljax.typing import Array, Bool, Float, Int, Scalar
 
 # exp of more than this is useless as a ratio in float32, and so is its mean.
 _MAX_LOG_RATIO = 20.0
@@ -63,8 +63,8 @@ def kl_estimate(
     *,
     kind: Literal["k1", "k2", "k3", "abs"],
     straight_through: bool = False,
-    max_log_ratio: float = 20.0,
-    max_value: float = 10.0,
+    max_log_ratio: float | int | Scalar = 20.0,
+    max_value: float | int | Scalar = 10.0,
 ) -> Float[Array, "*b"]:
   """Estimates KL(student||teacher) from tokens the student sampled.
 
@@ -128,7 +128,7 @@ def minillm_advantage(
     teacher_log_probs: Float[Array, "b l"],
     where: Bool[Array, "b l"] | None = None,
     *,
-    gamma: float = 0.0,
+    gamma: float | int = 0.0,
     length_norm: bool = True,
     discount: Literal["relative", "absolute"] = "relative",
 ) -> Float[Array, "b l"]:
@@ -228,7 +228,7 @@ def gopd_advantage(
     reference_log_probs: Float[Array, "b l"] | None,
     *,
     reward_scale: Any = 1.25,
-    max_log_ratio: float = 20.0,
+    max_log_ratio: float | int | Scalar = 20.0,
 ) -> Float[Array, "b l"]:
   """Advantage of generalised on-policy distillation, of the sampled tokens.
 
@@ -441,9 +441,9 @@ def policy_gradient_loss(
     old_log_probs: Float[Array, "*b"],
     advantages: Float[Array, "*b"],
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = 3.0,
+    clip_low: float | int | Scalar = 0.2,
+    clip_high: float | int | Scalar = 0.2,
+    dual_clip: float | int | Scalar | None = 3.0,
 ) -> Float[Array, "*b"]:
   """Clipped policy-gradient loss per token, with the dual clip.
 
@@ -499,7 +499,7 @@ def truncated_importance_weights(
     where: Bool[Array, "b l"] | None = None,
     *,
     level: Literal["token", "sequence"] = "token",
-    cap: float = 5.0,
+    cap: float | int | Scalar = 5.0,
 ) -> Float[Array, "b l"]:
   """Importance weights min(pi / pi_behaviour, cap), stop-gradient.
 
@@ -768,7 +768,7 @@ def cap_reward_scale(
     class_mask: Bool[Array, "..."],
     c: Any,
     *,
-    eps: float = 0.1,
+    eps: float | int | Scalar = 0.1,
     iterations: int = 60,
 ) -> Float[Array, "*b"]:
   """Per-position reward scale that stays below the cliff.
@@ -875,7 +875,7 @@ def token_importance(
   )
 
 
-def _percentile(values: Array, where: Array, percentile: float) -> Array:
+def _percentile(values: Array, where: Array, percentile: Any) -> Array:
   """Linearly interpolated percentile of the selected values, as NumPy's."""
   ordered = jnp.sort(jnp.where(where, values, jnp.inf).reshape(-1))
   count = jnp.sum(where)
@@ -887,7 +887,7 @@ def _percentile(values: Array, where: Array, percentile: float) -> Array:
 
 
 def _normalize(
-    values: Array, where: Array, percentile: float | None, axis_name: Any
+    values: Array, where: Array, percentile: Any, axis_name: Any
 ) -> Array:
   """minmax(min(values, percentile)) over the valid tokens; constant -> 0."""
   everywhere, valid = values, where
@@ -914,7 +914,7 @@ def soft_or_importance(
     divergence: Float[Array, "*b"],
     where: Bool[Array, "*b"] | None = None,
     *,
-    percentile: float = 98.0,
+    percentile: float | int = 98.0,
     clip_divergence: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:
@@ -962,7 +962,7 @@ def overconfidence_importance(
     forward_kl: Float[Array, "*b"],
     where: Bool[Array, "*b"] | None = None,
     *,
-    percentile: float = 98.0,
+    percentile: float | int = 98.0,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:
   """TIP's Q3 score: high where the student is sure and wrong.
@@ -1011,8 +1011,8 @@ def select_tokens(
     scores: Float[Array, "b l"],
     where: Bool[Array, "b l"] | None = None,
     *,
-    rate: float,
-    exponent: float = 1.0,
+    rate: float | int,
+    exponent: float | int = 1.0,
     noise: Float[Array, "b l"] | None = None,
 ) -> TokenSelection:
   """Chooses floor(rate m) of each row's m valid tokens, at least one.
@@ -1110,7 +1110,7 @@ def teacher_top_p_accept(
     teacher_ids: Int[Array, "*b k"],
     teacher_log_probs: Float[Array, "*b k"],
     *,
-    threshold: float,
+    threshold: float | int | Scalar,
 ) -> Float[Array, "*b"]:
   """1 where the sampled token lies in the teacher's nucleus, else 0.
 
@@ -1194,7 +1194,7 @@ def drift_events(
     monitor: Float[Array, "b l"],
     where: Bool[Array, "b l"] | None = None,
     *,
-    threshold: float = 0.7,
+    threshold: float | int | Scalar = 0.7,
 ) -> Bool[Array, "b l"]:
   """Valid tokens whose monitor (overlap, acceptance) is below the threshold.
 
@@ -1230,8 +1230,8 @@ def drift_weights(
     events: Bool[Array, "b l"],
     where: Bool[Array, "b l"] | None = None,
     *,
-    drop: float = 0.01,
-    base: float = 0.5,
+    drop: float | int | Scalar = 0.01,
+    base: float | int | Scalar = 0.5,
     normalize: bool = False,
 ) -> DriftWeights:
   """Monotone down-weighting of everything after drift events.
@@ -1292,7 +1292,7 @@ def update_rollout_budget(
     budget: RolloutBudget,
     effective_length: Int[Array, "b"],
     *,
-    hit_ratio: float = 0.1,
+    hit_ratio: float | int | Scalar = 0.1,
     margin: int = 100,
     step: int = 100,
     patience: int = 3,
