@@ -241,7 +241,7 @@ def test_semigroup_target_by_hand(x64, strict):
   expected = np.where(col(T > R), expected, first)  # row 2: r = s = t
   target = losses.semigroup_target(net, x, t, s, r)
   np.testing.assert_allclose(target, expected, rtol=1e-12)
-  # Another network for the first leg, and a clip on the middle and the target.
+  # Another network for the first leg, and bounds on the middle and the target.
   clip = 0.4
   first = 2 * x
   middle = np.clip(x - col(T - S) * first, -clip, clip)
@@ -251,8 +251,19 @@ def test_semigroup_target_by_hand(x64, strict):
   target = losses.semigroup_target(
       net, x, t, s, r, first_fn=lambda x, t, r: 2 * x, clip=clip
   )
+  np.testing.assert_allclose(target, expected, rtol=1e-12)
+  target = losses.semigroup_target(
+      net,
+      x,
+      t,
+      s,
+      r,
+      first_fn=lambda x, t, r: 2 * x,
+      clip=clip,
+      clip_target=0.3,
+  )
   np.testing.assert_allclose(
-      target, np.clip(expected, -clip, clip), rtol=1e-12
+      target, np.clip(expected, -0.3, 0.3), rtol=1e-12
   )
 
 
@@ -493,6 +504,8 @@ def test_bad_input():
     losses.adaptive_loss(x)
   with helpers.one_line_error(r"semigroup_target: clip must be in \(0, inf"):
     losses.semigroup_target(net, x, t, t, r, clip=0.0)
+  with helpers.one_line_error(r"clip_target must be in \(0, inf"):
+    losses.semigroup_target(net, x, t, t, r, clip_target=-1.0)
   with helpers.one_line_error(r"velocity_fn\(x, t, r\) must be .* like x_t"):
     losses.mean_flow_loss(lambda x, t, r: x[:, :1], x, v, t, r)
   with helpers.one_line_error(r"teacher_fn\(x, r\) must be .* like x_t"):
@@ -527,3 +540,776 @@ def test_bad_values_in_debug_mode(name):
       call(x, v, t, r - 0.5)
     with helpers.one_line_error("x_t must be finite"):
       call(x.at[1, 1].set(jnp.nan), v, t, r)
+
+
+# The rest of the family: settings of the core, one by one.
+
+
+def test_flow_map_loss_is_its_settings(x64, strict):
+  x, v = arrays()
+  t, s, r = times()
+  teacher = lambda x, r: jnp.cos(x) * r[:, None]
+  ema = functools.partial(net, q=0.2)
+  first = lambda x, t, r: 2 * x
+  cases = {
+      "eulerian": (
+          {"v": v},
+          np.subtract(*losses.eulerian_target(net, x, v, t, r)),
+      ),
+      "lagrangian": (
+          {"teacher_fn": teacher},
+          losses.lagrangian_residual(net, x, t, r, teacher),
+      ),
+      "semigroup": (
+          {"s": s, "target_fn": ema, "first_fn": first},
+          u_numpy(x, T, R)
+          - losses.semigroup_target(ema, x, t, s, r, first_fn=first),
+      ),
+  }
+  for identity, (extra, residual) in cases.items():
+    residual = np.asarray(residual)
+    terms = losses.flow_map_loss(net, x, t, r, identity=identity, **extra)
+    error = (residual**2).mean(1)
+    np.testing.assert_allclose(terms.error, error, rtol=1e-10)
+    np.testing.assert_allclose(terms.loss, error / (error + 1e-2), rtol=1e-10)
+    terms = losses.flow_map_loss(
+        net, x, t, r, identity=identity, elements="sum",
+        norm_p=0.5, norm_eps=0.2, **extra,
+    )  # fmt: skip
+    np.testing.assert_allclose(terms.error, D * error, rtol=1e-10)
+    np.testing.assert_allclose(
+        terms.loss, D * error / (D * error + 0.2) ** 0.5, rtol=1e-10
+    )
+  # Without target_fn the semigroup's legs are the student's own.
+  terms = losses.flow_map_loss(
+      net, x, t, r, identity="semigroup", s=s, norm_p=0.0
+  )
+  residual = u_numpy(x, T, R) - losses.semigroup_target(net, x, t, s, r)
+  np.testing.assert_allclose(
+      terms.loss, (np.asarray(residual) ** 2).mean(1), rtol=1e-10
+  )
+
+
+@pytest.mark.parametrize("elements", ["mean", "sum"])
+def test_tangent_normalizer(x64, elements):
+  """The value of the residual is normalised, its derivative is kept."""
+  (x,) = arrays(n=1)
+  t, _, r = times()
+  teacher = lambda x, r: jnp.cos(x)
+  c = 0.3
+  residual = lambda q: losses.lagrangian_residual(
+      functools.partial(net, q=q), x, t, r, teacher
+  )
+  value, slope = jax.jvp(residual, (Q,), (1.0,))
+  value, slope = np.asarray(value), np.asarray(slope)
+  count = D if elements == "mean" else 1
+  norm = np.sqrt((value**2).sum(1, keepdims=True) / count)
+  unit = value / (norm + c)
+  call = lambda q, **kw: losses.flow_map_loss(
+      functools.partial(net, q=q), x, t, r, identity="lagrangian",
+      teacher_fn=teacher, normalizer="tangent", elements=elements, **kw,
+  )  # fmt: skip
+  terms = call(Q, tangent_c=c)
+  np.testing.assert_allclose(
+      terms.loss, (unit**2).sum(1) / count, rtol=1e-10
+  )
+  np.testing.assert_allclose(
+      terms.error, (value**2).sum(1) / count, rtol=1e-10
+  )
+  grad = jax.grad(lambda q: call(q, tangent_c=c).loss.sum())(Q)
+  np.testing.assert_allclose(
+      grad, (2 * unit * slope).sum() / count, rtol=1e-10
+  )
+  # The default constant is 0.1; stop_tangent reaches the residual.
+  unit = value / (norm + 0.1)
+  np.testing.assert_allclose(
+      call(Q).loss, (unit**2).sum(1) / count, rtol=1e-10
+  )
+  stopped = jax.jvp(
+      lambda q: losses.lagrangian_residual(
+          functools.partial(net, q=q), x, t, r, teacher, stop_tangent=True
+      ),
+      (Q,),
+      (1.0,),
+  )[1]
+  grad = jax.grad(lambda q: call(q, stop_tangent=True).loss.sum())(Q)
+  np.testing.assert_allclose(
+      grad, (2 * unit * np.asarray(stopped)).sum() / count, rtol=1e-10
+  )
+
+
+def test_flow_map_loss_freezes(x64):
+  (x,) = arrays(n=1)
+  v = x[::-1]
+  t, s, r = times()
+  call = functools.partial(losses.flow_map_loss, net, x, t, r)
+  frozen = {
+      "v": lambda a: call(identity="eulerian", v=a * v),
+      "teacher": lambda a: call(
+          identity="lagrangian", teacher_fn=lambda x, r: a * x
+      ),
+      "target": lambda a: call(
+          identity="semigroup", s=s, target_fn=functools.partial(net, w=a)
+      ),
+  }
+  for fn in frozen.values():
+    assert jax.grad(lambda a, fn=fn: fn(a).loss.sum())(1.0) == 0
+    # error is for the log: no gradient, not even to the student.
+  grad = jax.grad(
+      lambda w: losses.flow_map_loss(
+          functools.partial(net, w=w), x, t, r, v=v
+      ).error.sum()
+  )(W)
+  assert grad == 0
+
+
+def test_straight_path(x64, strict):
+  x0, noise = arrays()
+  t = jnp.asarray(T)
+  for low in (0.0, 0.1):
+    x_t, v = losses.straight_path(x0, noise, t, sigma_min=low)
+    sigma = low + (1 - low) * col(T)
+    expected = (1 - col(T)) * np.asarray(x0) + sigma * np.asarray(noise)
+    np.testing.assert_allclose(x_t, expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        v, (1 - low) * np.asarray(noise) - np.asarray(x0), rtol=1e-12
+    )
+    # v is the derivative of x_t.
+    slope = jax.jvp(
+        lambda t, low=low: losses.straight_path(x0, noise, t, sigma_min=low)[
+            0
+        ],
+        (t,),
+        (jnp.ones_like(t),),
+    )[1]
+    np.testing.assert_allclose(slope, v, rtol=1e-12)
+
+
+def test_shortcut_target(x64, strict):
+  (x,) = arrays(n=1)
+  t = jnp.asarray([1.0, 0.5, 0.75, 0.5])
+  d = jnp.asarray([1.0, 0.5, 0.25, 0.125])
+  expected = losses.semigroup_target(
+      net, x, t, t - d / 2, t - d, clip=4.0, clip_target=4.0
+  )
+  np.testing.assert_allclose(
+      losses.shortcut_target(net, x, t, d), expected, rtol=1e-12
+  )
+  # Both bounds are 4 unless said otherwise.
+  big = lambda x, t, r: 10 * x
+  out = losses.shortcut_target(big, 3 * x, t, d)
+  first = 30 * np.asarray(x)
+  middle = np.clip(3 * np.asarray(x) - col(d) / 2 * first, -4, 4)
+  mean = (first + 10 * middle) / 2
+  np.testing.assert_allclose(out, np.clip(mean, -4, 4), rtol=1e-12)
+  out = losses.shortcut_target(big, 3 * x, t, d, clip_target=None)
+  np.testing.assert_allclose(out, mean, rtol=1e-12)
+  out = losses.shortcut_target(big, 3 * x, t, d, clip=None, clip_target=None)
+  middle = 3 * np.asarray(x) - col(d) / 2 * first
+  np.testing.assert_allclose(out, (first + 10 * middle) / 2, rtol=1e-12)
+
+
+def anyflow_numpy(x, v, t, r, w, weight, fused, anchors, mean_of=None):
+  """AnyFlow's loss and its factor on the gradient, from the card."""
+  u, n = u_numpy(x, t, r), u_numpy(x, t, r, q=0.2)
+  slope = slope_numpy(x, v, t, r)
+  # d/dt of the stand-in with q = 0.2 differs by (0.2 - Q) r.
+  other = slope + (0.2 - Q) * col(r)
+  hat = (u - (1 - w) * n) / w
+  d = (slope - (1 - w) * other if fused else slope) / w
+  residual = hat - np.asarray(v) + col(t - r) * d
+  loss = weight * (residual**2).mean(1)
+  mean = loss[anchors].mean() if mean_of is None else mean_of
+  scale = np.where(anchors, 1, mean / (loss + 1e-5))
+  return loss * scale, scale[:, None] * weight[:, None] * 2 * residual / D
+
+
+@pytest.mark.parametrize("differentiate", ["fused", "cond"])
+def test_anyflow_loss(x64, strict, differentiate):
+  x, v = arrays()
+  t, _, r = times()
+  w = 3.0
+  weight = np.array([0.5, 1.0, 2.0, 1.5])
+  anchors = T == R  # row 2
+
+  def call(w_net=W, w_uncond=W, v=v, **kw):
+    return losses.anyflow_loss(
+        functools.partial(net, w=w_net),
+        x,
+        v,
+        t,
+        r,
+        uncond_fn=functools.partial(net, w=w_uncond, q=0.2),
+        guidance_scale=w,
+        differentiate=differentiate,
+        time_weight=jnp.asarray(weight),
+        **kw,
+    )
+
+  fused = differentiate == "fused"
+  loss, pull = anyflow_numpy(x, v, T, R, w, weight, fused, anchors)
+  np.testing.assert_allclose(call(), loss, rtol=1e-10)
+  grads = jax.grad(lambda *a: call(*a).sum(), argnums=(0, 1, 2))(W, W, v)
+  du_dw = np.asarray(x) * np.cos(W * np.asarray(x)) * col(T) ** 2
+  np.testing.assert_allclose(grads[0], (pull * du_dw / w).sum(), rtol=1e-9)
+  assert grads[1] == 0 and not np.any(grads[2])
+  # Other anchors; the mean from elsewhere; and no anchor at all.
+  chosen = np.array([True, False, True, False])
+  loss, _ = anyflow_numpy(x, v, T, R, w, weight, fused, chosen)
+  np.testing.assert_allclose(
+      call(anchors=jnp.asarray(chosen)), loss, rtol=1e-10
+  )
+  loss, _ = anyflow_numpy(x, v, T, R, w, weight, fused, anchors, 0.7)
+  np.testing.assert_allclose(
+      call(anchor_loss=jnp.asarray(0.7)), loss, rtol=1e-10
+  )
+  none = np.zeros(B, bool)
+  loss, _ = anyflow_numpy(x, v, T, R, w, weight, fused, ~none)
+  np.testing.assert_allclose(
+      call(anchors=jnp.asarray(none)), loss, rtol=1e-10
+  )
+  # Without anchors but with a mean every row is rescaled to it.
+  loss, _ = anyflow_numpy(x, v, T, R, w, weight, fused, none, 0.7)
+  np.testing.assert_allclose(
+      call(anchors=jnp.asarray(none), anchor_loss=jnp.asarray(0.7)),
+      loss,
+      rtol=1e-10,
+  )
+
+
+def test_anyflow_without_guidance_is_eulerian(x64):
+  x, v = arrays()
+  t, _, r = times()
+  u, target = losses.eulerian_target(
+      net, x, v, t, r, derivative="central", step=0.02, clamp=False
+  )
+  error = np.square(np.asarray(u - target)).mean(1)
+  out = losses.anyflow_loss(
+      net, x, v, t, r, derivative="central", step=0.02, clamp=False,
+      anchors=jnp.ones(B, bool),
+  )  # fmt: skip
+  np.testing.assert_allclose(out, error, rtol=1e-10)
+
+
+def test_anyflow_fused_guidance_at_its_optimum(x64):
+  """u = n + w (v - n) has zero loss where r = t."""
+  x, v = arrays()
+  t = jnp.asarray(T)
+  n = jnp.cos(x)
+  w = 2.5
+  loss = losses.anyflow_loss(
+      lambda x, t, r: n + w * (v - n), x, v, t, t,
+      uncond_fn=lambda x, t, r: n, guidance_scale=w,
+  )  # fmt: skip
+  np.testing.assert_allclose(loss, np.zeros(B), atol=1e-24)
+
+
+def test_anyflow_mean_over_devices(x64):
+  """With an axis name the anchors of all shards make one mean."""
+  x, v = arrays()
+  t, _, r = times()
+  anchors = jnp.asarray([True, False, True, True])
+  whole = losses.anyflow_loss(net, x, v, t, r, anchors=anchors)
+  shards = jax.vmap(
+      lambda *a: losses.anyflow_loss(
+          net, *a[:4], anchors=a[4], axis_name="d"
+      ),
+      axis_name="d",
+  )(*(a.reshape(2, 2, *a.shape[1:]) for a in (x, v, t, r, anchors)))
+  np.testing.assert_allclose(shards.reshape(-1), whole, rtol=1e-12)
+
+
+def test_flow_time_weight(x64, strict):
+  t = jnp.asarray([0.0, 0.31, 0.5, 0.93, 1.0])
+  for kind, shape in {
+      "beta": lambda tau: tau * np.sqrt(1 - tau),
+      "gaussian": lambda tau: np.exp(-2 * (tau - 0.5) ** 2) - np.exp(-0.5),
+  }.items():
+    for shift in (1.0, 5.0):
+      tau = np.array([
+          shift * (k / 1000) / (1 + (shift - 1) * k / 1000)
+          for k in range(1001)
+      ])
+      y = shape(tau)
+      nearest = np.abs(tau[:, None] - np.asarray(t)[None]).argmin(0)
+      np.testing.assert_allclose(
+          losses.flow_time_weight(t, kind=kind, shift=shift),
+          (y * 1000 / y.sum())[nearest],
+          rtol=1e-9, atol=1e-12,
+      )  # fmt: skip
+  np.testing.assert_array_equal(
+      losses.flow_time_weight(t, kind="uniform"), np.ones(5)
+  )
+  np.testing.assert_array_equal(
+      losses.flow_time_weight(t), losses.flow_time_weight(t, kind="beta")
+  )
+  # A grid of 4: points 0, 1/4, ..., weights of sum 4.
+  y = np.arange(5) / 4 * np.sqrt(1 - np.arange(5) / 4)
+  np.testing.assert_allclose(
+      losses.flow_time_weight(jnp.asarray([0.3]), grid=4),
+      [4 * y[1] / y.sum()],
+      rtol=1e-12,
+  )
+
+
+def test_backward_simulation_is_the_sampler_on_an_exact_map(x64, strict):
+  (x,) = arrays(n=1)
+  grid = jnp.asarray([1.0, 0.8, 0.3, 0.0])
+  expected = exact_map(x, np.ones(B), np.zeros(B))
+  for index in range(3):
+    out = losses.backward_simulation(exact_u, x, grid, index)
+    np.testing.assert_allclose(out, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["all", "middle"])
+def test_backward_simulation_by_hand(x64, gradient):
+  """A network u = a x: every jump multiplies by 1 - a (t - r)."""
+  (x,) = arrays(n=1)
+  grid = np.array([0.9, 0.7, 0.3, 0.1])
+
+  def out(a, index):
+    return losses.backward_simulation(
+        lambda x, t, r: a * x, x, jnp.asarray(grid), index, gradient=gradient
+    ).sum()
+
+  run = jax.jit(jax.value_and_grad(out))
+  a, total = 0.7, np.asarray(x).sum()
+  for index in range(3):
+    gaps = np.array([
+        grid[0] - grid[index],
+        grid[index] - grid[index + 1],
+        grid[index + 1] - grid[3],
+    ])
+    factors = 1 - a * gaps
+    value, grad = run(a, index)  # a traced index
+    np.testing.assert_allclose(value, total * factors.prod(), rtol=1e-12)
+    if gradient == "all":
+      expected = -sum(
+          gaps[i] * np.delete(factors, i).prod() for i in range(3)
+      )
+    else:
+      # The first state and the last velocity are constants.
+      expected = -gaps[1] * factors[0]
+    np.testing.assert_allclose(grad, total * expected, rtol=1e-10)
+
+
+def test_backward_simulation_defaults_to_all(x64):
+  (x,) = arrays(n=1)
+  grid = jnp.asarray([0.9, 0.7, 0.3])
+  grad = [
+      jax.grad(
+          lambda a, kw=kw: losses.backward_simulation(
+              lambda x, t, r: a * x, x, grid, 1, **kw
+          ).sum()
+      )(0.5)
+      for kw in ({}, {"gradient": "all"})
+  ]
+  assert grad[0] == grad[1]
+
+
+def one_time_net(x, t, w=W):
+  return jnp.sin(w * x) * t[:, None].astype(x.dtype) ** 2
+
+
+def mdt_slope(x, v, t):
+  x, t = np.asarray(x), col(t)
+  return np.asarray(v) * W * np.cos(W * x) * t**2 + 2 * t * np.sin(W * x)
+
+
+@pytest.mark.parametrize("norm", ["rms", "l2", None])
+def test_velocity_matching_target(x64, strict, norm):
+  x, v = arrays()
+  t = jnp.asarray(T)
+  c = 0.2
+
+  def target_of(slope):
+    if norm is not None:
+      count = D if norm == "rms" else 1
+      size = np.sqrt((slope**2).sum(1, keepdims=True) / count)
+      slope = slope / (size + c)
+    return np.asarray(v) - col(T) * slope
+
+  u, target = losses.velocity_matching_target(
+      one_time_net, x, v, t, derivative="exact", norm=norm, c=c
+  )
+  at = lambda x, t: np.sin(W * np.asarray(x)) * col(t) ** 2
+  np.testing.assert_allclose(u, at(x, T), rtol=1e-12)
+  np.testing.assert_allclose(
+      target, target_of(mdt_slope(x, v, T)), rtol=1e-10
+  )
+  # Default: the backward difference with step 0.01.
+  h = 0.01
+  back = (at(x, T) - at(np.asarray(x) - h * np.asarray(v), T - h)) / h
+  _, target = losses.velocity_matching_target(
+      one_time_net, x, v, t, norm=norm, c=c
+  )
+  np.testing.assert_allclose(target, target_of(back), rtol=1e-9)
+  direction = losses.velocity_distillation_direction(
+      one_time_net, x, v, t, norm=norm, c=c
+  )
+  np.testing.assert_allclose(
+      direction, target_of(back) - at(x, T), rtol=1e-9
+  )
+
+
+def test_velocity_matching_defaults_and_gradients(x64):
+  x, v = arrays()
+  t = jnp.asarray(T)
+  named = functools.partial(
+      losses.velocity_matching_target, norm="rms", c=0.1, kind="velocity",
+      derivative="backward", step=1e-2,
+  )  # fmt: skip
+  for given, default in zip(
+      named(one_time_net, x, v, t),
+      losses.velocity_matching_target(one_time_net, x, v, t),
+  ):
+    np.testing.assert_array_equal(given, default)
+  np.testing.assert_array_equal(
+      losses.velocity_distillation_direction(one_time_net, x, v, t),
+      np.subtract(*named(one_time_net, x, v, t)[::-1]),
+  )
+
+  def pair(w, v):
+    return losses.velocity_matching_target(
+        functools.partial(one_time_net, w=w), x, v, t
+    )
+
+  _, pull = jax.vjp(pair, W, v)
+  ones = jnp.ones((B, D))
+  grads = pull((ones, 0 * ones))
+  expected = (x * np.cos(W * np.asarray(x)) * col(T) ** 2).sum()
+  np.testing.assert_allclose(grads[0], expected, rtol=1e-12)
+  assert not np.any(grads[1])
+  grads = pull((0 * ones, ones))
+  assert grads[0] == 0 and not np.any(grads[1])
+  grads = jax.grad(
+      lambda w, v: losses.velocity_distillation_direction(
+          functools.partial(one_time_net, w=w), x, v, t
+      ).sum(),
+      argnums=(0, 1),
+  )(W, v)
+  assert grads[0] == 0 and not np.any(grads[1])
+
+
+def test_velocity_matching_transport(x64, strict):
+  x, v = arrays()
+  t = jnp.asarray([0.9, 0.7, 0.505, 0.8])
+  end = np.array([0.5, 0.5, 0.5, 0.0])
+  h = 0.02
+  at = lambda x, t: np.sin(W * np.asarray(x)) * col(t) ** 2
+  tn = np.asarray(t)
+
+  def expected(before, end):
+    y = np.asarray(x) - col(tn - before) * np.asarray(v)
+    pred = np.asarray(x) - col(tn - end) * at(x, tn)
+    return pred, y - col(before - end) * at(y, before)
+
+  for kwargs, before, stop in (
+      ({"end": jnp.asarray(end), "clamp": False}, tn - h, end),
+      # Row 2 would pass its end: the pair then becomes the end itself.
+      ({"end": jnp.asarray(end)}, np.maximum(tn - h, end), end),
+      ({}, tn - h, np.zeros(B)),
+  ):
+    pair = losses.velocity_matching_target(
+        one_time_net, x, v, t, kind="transport", step=h, **kwargs
+    )
+    for ours, theirs in zip(pair, expected(before, stop)):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+  _, pull = jax.vjp(
+      lambda w, v: losses.velocity_matching_target(
+          functools.partial(one_time_net, w=w), x, v, t, kind="transport"
+      ),
+      W,
+      v,
+  )
+  ones = jnp.ones((B, D))
+  grads = pull((ones, 0 * ones))
+  wanted = -(tn[:, None] ** 3 * np.asarray(x) * np.cos(W * np.asarray(x)))
+  np.testing.assert_allclose(grads[0], wanted.sum(), rtol=1e-10)
+  assert not np.any(grads[1])
+  grads = pull((0 * ones, ones))
+  assert grads[0] == 0 and not np.any(grads[1])
+
+
+def test_transport_vanishes_on_the_exact_map(x64):
+  """Straight lines: v constant along the path, so the pair agrees."""
+  x, v = arrays()
+  t = jnp.asarray([0.9, 0.7, 0.5, 0.8])
+  pred, target = losses.velocity_matching_target(
+      lambda x, t: v, x, v, t, kind="transport", step=0.1
+  )
+  np.testing.assert_allclose(pred, target, rtol=1e-12)
+
+
+def test_phase_start(x64, strict):
+  t = jnp.asarray([0.0, 0.2, 0.25, 0.6, 0.755, 1.0])
+  np.testing.assert_array_equal(
+      losses.phase_start(t, phases=4), [0, 0, 0.25, 0.5, 0.75, 0.75]
+  )
+  np.testing.assert_array_equal(
+      losses.phase_start(t, phases=4, step=0.01), [0, 0, 0, 0.5, 0.5, 0.75]
+  )
+  np.testing.assert_array_equal(
+      losses.phase_start(t, phases=1), np.zeros(6)
+  )
+
+
+def cosine_path(t):
+  return jnp.cos(np.pi / 2 * t), jnp.sin(np.pi / 2 * t)
+
+
+@pytest.mark.parametrize("path", ["cosine", "straight", "edm"])
+def test_progressive_target_is_two_ddim_steps(x64, strict, path):
+  """One DDIM step with x0* ends where two steps of the teacher do."""
+  (x,) = arrays(n=1)
+  coefficients = {
+      "cosine": cosine_path,
+      "straight": lambda t: (1 - t, t),
+      "edm": lambda s: (jnp.ones_like(s), s),
+  }[path]
+  t, s, r = times()
+  if path == "edm":
+    t, s, r = (0.1 + 5 * a for a in (t, s, r))
+  denoise = lambda x, t: jnp.tanh(x * t[:, None]) + x / 3
+  target = losses.progressive_target(
+      denoise, x, t, s, r, coefficients=coefficients
+  )
+
+  def ddim(x, x0, a, b):
+    (a_a, s_a), (a_b, s_b) = (
+        [col(np.asarray(c)) for c in coefficients(z)] for z in (a, b)
+    )
+    return a_b * x0 + s_b / s_a * (x - a_a * x0)
+
+  first = np.asarray(denoise(x, t))
+  middle = ddim(np.asarray(x), first, t, s)
+  second = np.asarray(denoise(jnp.asarray(middle), s))
+  two = ddim(middle, second, s, r)
+  np.testing.assert_allclose(
+      ddim(np.asarray(x), np.asarray(target), t, r), two, rtol=1e-9
+  )
+  np.testing.assert_allclose(target[2], first[2], rtol=1e-12)  # r = s = t
+  # A teacher that always says the same keeps saying it.
+  constant = losses.progressive_target(
+      lambda x, t: jnp.full_like(x, 0.3), x, t, s, r, coefficients=coefficients
+  )
+  np.testing.assert_allclose(constant, np.full((B, D), 0.3), rtol=1e-12)
+  grads = jax.grad(
+      lambda a, x: losses.progressive_target(
+          lambda x, t: a * x, x, t, s, r, coefficients=coefficients
+      ).sum(),
+      argnums=(0, 1),
+  )(0.5, x)
+  assert grads[0] == 0 and not np.any(grads[1])
+
+
+def test_progressive_is_the_semigroup_on_the_straight_path(x64):
+  (x,) = arrays(n=1)
+  t, s, r = times()
+  velocity = lambda x, t: jnp.sin(x) * t[:, None]
+  u = losses.semigroup_target(lambda x, t, r: velocity(x, t), x, t, s, r)
+  x0 = losses.progressive_target(
+      lambda x, t: x - t[:, None] * velocity(x, t), x, t, s, r,
+      coefficients=lambda t: (1 - t, t),
+  )  # fmt: skip
+  np.testing.assert_allclose(x0, x - col(T) * u, rtol=1e-10)
+
+
+@pytest.mark.parametrize("elements", ["mean", "sum"])
+def test_guidance_distillation(x64, strict, elements):
+  student, cond = arrays(3)
+  (uncond,) = arrays(4, n=1)
+  w = jnp.asarray([1.0, 2.0, 5.0, 0.0])
+  alpha, sigma = jnp.asarray(1 - 0.9 * T), jnp.asarray(T)
+  s, c, n = (np.asarray(a) for a in (student, cond, uncond))
+  guided = n + col(np.asarray(w)) * (c - n)
+  count = D if elements == "mean" else 1
+  error = ((s - guided) ** 2).sum(1) / count
+  call = functools.partial(
+      losses.guidance_distillation_loss, elements=elements
+  )
+  np.testing.assert_allclose(
+      call(student, cond, uncond, w), error, rtol=1e-12
+  )
+  weight = np.maximum((np.asarray(alpha) / T) ** 2, 1)
+  assert (weight > 1).any() and (weight == 1).any()
+  weighted = call(student, cond, uncond, w, alpha=alpha, sigma=sigma)
+  np.testing.assert_allclose(weighted, weight * error, rtol=1e-12)
+  grads = jax.grad(lambda *a: call(*a).sum(), argnums=(0, 1, 2, 3))(
+      student, cond, uncond, w
+  )
+  np.testing.assert_allclose(grads[0], 2 * (s - guided) / count, rtol=1e-10)
+  assert not any(np.any(g) for g in grads[1:])
+
+
+def test_guidance_distillation_defaults_to_the_mean():
+  one = jnp.ones((1, 4))
+  out = losses.guidance_distillation_loss(3 * one, one, one, jnp.ones(1))
+  np.testing.assert_array_equal(out, [4.0])
+
+
+def test_bad_input_of_the_rest():
+  x, v = arrays(dtype=jnp.float32)
+  t, s, r = times(jnp.float32)
+  grid = jnp.asarray([1.0, 0.5, 0.0])
+  error = helpers.one_line_error
+  with error("flow_map_loss: identity must be one of.*did you mean"):
+    losses.flow_map_loss(net, x, t, r, identity="eulerien", v=v)
+  with error("flow_map_loss: v must be given for identity='eulerian'"):
+    losses.flow_map_loss(net, x, t, r)
+  with error("teacher_fn must be given for identity='lagrangian'"):
+    losses.flow_map_loss(net, x, t, r, identity="lagrangian")
+  with error("s must be given for identity='semigroup'"):
+    losses.flow_map_loss(net, x, t, r, identity="semigroup")
+  with error(r"flow_map_loss: v must be \[4, 3\]"):
+    losses.flow_map_loss(net, x, t, r, v=v[:, :2])
+  with error(r"flow_map_loss: s must be \[b\]"):
+    losses.flow_map_loss(net, x, t, r, identity="semigroup", s=s[:2])
+  with error(r"flow_map_loss: r must be \[b\]"):
+    losses.flow_map_loss(net, x, t, r[:2], v=v)
+  with error("normalizer must be one of"):
+    losses.flow_map_loss(net, x, t, r, v=v, normalizer="batch")
+  with error("elements must be one of"):
+    losses.flow_map_loss(net, x, t, r, v=v, elements="max")
+  with error(r"tangent_c must be in \(0"):
+    losses.flow_map_loss(net, x, t, r, v=v, tangent_c=0.0)
+  with error(r"straight_path: noise must be \[4, 3\] like x_t"):
+    losses.straight_path(x, v[:, :2], t)
+  with error(r"sigma_min must be in \[0, 1\)"):
+    losses.straight_path(x, v, t, sigma_min=1.0)
+  with error(r"shortcut_target: d must be \[b\]"):
+    losses.shortcut_target(net, x, t, t[:2])
+  with error(r"shortcut_target: clip must be in \(0"):
+    losses.shortcut_target(net, x, t, t, clip=0.0)
+  with error(r"shortcut_target: clip_target must be in \(0"):
+    losses.shortcut_target(net, x, t, t, clip_target=0.0)
+  with error("anyflow_loss: uncond_fn must be given unless"):
+    losses.anyflow_loss(net, x, v, t, r, guidance_scale=3.0)
+  with error(r"guidance_scale must be in \(0"):
+    losses.anyflow_loss(net, x, v, t, r, guidance_scale=0.0)
+  with error(r"time_weight must be \[b\]"):
+    losses.anyflow_loss(net, x, v, t, r, time_weight=t[:2])
+  with error("anchors must be a bool array"):
+    losses.anyflow_loss(net, x, v, t, r, anchors=t)
+  with error("differentiate must be one of"):
+    losses.anyflow_loss(net, x, v, t, r, differentiate="both")
+  with error(r"balance_eps must be in \(0"):
+    losses.anyflow_loss(net, x, v, t, r, balance_eps=0.0)
+  with error("anyflow_loss: derivative must be one of"):
+    losses.anyflow_loss(net, x, v, t, r, derivative="forward")
+  with error("flow_time_weight: kind must be one of"):
+    losses.flow_time_weight(t, kind="gauss")
+  with error(r"shift must be in \(0"):
+    losses.flow_time_weight(t, shift=0.0)
+  with error(r"backward_simulation: times must be \[n\] \(rank 1\)"):
+    losses.backward_simulation(net, x, x, 0)
+  with error(r"times must be \[n\] with n >= 2, got \[1\]"):
+    losses.backward_simulation(net, x, grid[:1], 0)
+  with error(r"index must be in \[0, 1\], got 2"):
+    losses.backward_simulation(net, x, grid, 2)
+  with error("gradient must be one of"):
+    losses.backward_simulation(net, x, grid, 0, gradient="last")
+  with error("velocity_matching_target: kind must be one of"):
+    losses.velocity_matching_target(one_time_net, x, v, t, kind="cm")
+  with error("norm must be one of"):
+    losses.velocity_matching_target(one_time_net, x, v, t, norm="l1")
+  with error(r"velocity_matching_target: c must be in \(0"):
+    losses.velocity_matching_target(one_time_net, x, v, t, c=0.0)
+  with error(r"velocity_matching_target: step must be in \(0"):
+    losses.velocity_matching_target(one_time_net, x, v, t, step=0.0)
+  with error(r"end must be \[b\]"):
+    losses.velocity_matching_target(
+        one_time_net, x, v, t, kind="transport", end=t[:2]
+    )
+  with error(r"phases must be in \[1"):
+    losses.phase_start(t, phases=0)
+  with error(r"progressive_target: s must be \[b\]"):
+    losses.progressive_target(
+        one_time_net, x, t, s[:2], r, coefficients=cosine_path
+    )
+  with error(r"denoise_fn\(x, t\) must be .* like x_t"):
+    losses.progressive_target(
+        lambda x, t: x[:, :1], x, t, s, r, coefficients=cosine_path
+    )
+  loss = losses.guidance_distillation_loss
+  with error(r"teacher_cond must be \[4, 3\]"):
+    loss(x, v[:2], x, t)
+  with error(r"guidance_scale must be \[b\]"):
+    loss(x, v, x, t[:2])
+  with error("alpha must be given together with sigma"):
+    loss(x, v, x, t, sigma=t)
+  with error("elements must be one of"):
+    loss(x, v, x, t, elements="max")
+  with distilljax.debug():
+    with error("d must be <= t everywhere"):
+      losses.shortcut_target(net, x, r, t)
+    with error(r"d must be in \(0, 1\]"):
+      losses.shortcut_target(net, x, t, 0 * t)
+    with error("end must be <= t everywhere"):
+      losses.velocity_matching_target(
+          one_time_net, x, v, r, kind="transport", end=t
+      )
+    with error(r"end must be in \[0, 1\]"):
+      losses.velocity_matching_target(
+          one_time_net, x, v, t, kind="transport", end=-t
+      )
+    with error(r"flow_time_weight: t must be in \[0, 1\]"):
+      losses.flow_time_weight(t + 1)
+    with error(r"phase_start: t must be in \[0, 1\]"):
+      losses.phase_start(t + 1, phases=2)
+    with error(r"times must be in \[0, 1\]"):
+      losses.backward_simulation(net, x, grid + 1, 0)
+    with error(r"index must be in \[0, 1\]"):
+      losses.backward_simulation(net, x, grid, jnp.asarray(2))
+    with error("s must be <= t everywhere"):
+      losses.progressive_target(
+          one_time_net, x, s, t, r, coefficients=cosine_path
+      )
+    with error("r must be <= s everywhere"):
+      losses.progressive_target(
+          one_time_net, x, t, r, s, coefficients=cosine_path
+      )
+
+
+REST = {
+    "shortcut": lambda x, v, t, r: losses.shortcut_target(net, x, t, t - r + 0),
+    "anyflow": lambda x, v, t, r: losses.anyflow_loss(
+        net, x, v, t, r, uncond_fn=lambda x, t, r: x, guidance_scale=2.0
+    ),
+    "simulation": lambda x, v, t, r: losses.backward_simulation(
+        net, x, jnp.asarray([1.0, 0.5, 0.0], t.dtype), 1
+    ),
+    "matching": lambda x, v, t, r: losses.velocity_matching_target(
+        one_time_net, x, v, t, derivative="exact"
+    )[1],
+    "transport": lambda x, v, t, r: losses.velocity_matching_target(
+        one_time_net, x, v, t, kind="transport", step=0.2
+    )[1],
+    "progressive": lambda x, v, t, r: losses.progressive_target(
+        one_time_net, x, t, (t + r) / 2, r, coefficients=cosine_path
+    ),
+    "guidance": lambda x, v, t, r: losses.guidance_distillation_loss(
+        x, v, -v, t, alpha=1 - r, sigma=t
+    ),
+    "tangent": lambda x, v, t, r: losses.flow_map_loss(
+        net, x, t, r, v=v, normalizer="tangent"
+    ).loss,
+    "path": lambda x, v, t, r: losses.straight_path(x, v, t, sigma_min=0.1)[0],
+}
+
+
+@pytest.mark.parametrize("name", REST)
+def test_precision_of_the_rest(name, strict):
+  """bf16 in, float32 out; float64 stays."""
+  x, v = arrays(dtype=jnp.bfloat16)
+  t = jnp.asarray([0.9, 0.7, 0.5, 1.0], jnp.float32)
+  r = jnp.asarray([0.25, 0.5, 0.25, 0.0], jnp.float32)
+  out = REST[name](x, v, t, r)
+  assert out.dtype == jnp.float32
+  exact = REST[name](x.astype(jnp.float32), v.astype(jnp.float32), t, r)
+  np.testing.assert_allclose(
+      out, exact, atol=0.05 * float(jnp.abs(exact).max())
+  )
+  with jax.enable_x64(True):
+    wide = [jnp.asarray(a, jnp.float64) for a in (x, v, t, r)]
+    assert REST[name](*wide).dtype == jnp.float64
