@@ -28,11 +28,19 @@ _CHUNK = 1000
 
 
 class MetricInfo(NamedTuple):
-  """What a report says about a metric."""
+  """What a report says about a metric.
+
+  Attributes:
+    label: short name for a column or an axis.
+    higher_is_better: its direction.
+    meaning: one sentence.
+    share: whether it is a share in [0, 1].
+  """
 
   label: str
   higher_is_better: bool
   meaning: str
+  share: bool = False
 
 
 METRICS = {
@@ -53,24 +61,28 @@ METRICS = {
         True,
         "share of samples within reach of a real image (3 nearest neighbours):"
         " fidelity.",
+        share=True,
     ),
     "recall": MetricInfo(
         "recall",
         True,
         "share of real images within reach of a sample (3 nearest neighbours):"
         " variety.",
+        share=True,
     ),
     "coverage": MetricInfo(
         "coverage",
         True,
         "share of real images with a sample nearer than their 5th real"
         " neighbour.",
+        share=True,
     ),
     "accuracy": MetricInfo(
         "accuracy",
         True,
         "share of samples that the classifier takes for the class that was"
         " asked for.",
+        share=True,
     ),
 }
 

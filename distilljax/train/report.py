@@ -43,16 +43,42 @@ _LOG = logging.getLogger(__name__)
 _DPI = 200
 
 
-def _metric_info() -> dict[str, image.MetricInfo]:
-  """What is known of every metric that the library computes."""
-  info = dict(image.METRICS)
-  try:
-    from distilljax.evals import two_dimensional  # noqa: PLC0415
-
-    info.update(getattr(two_dimensional, "METRICS", {}))
-  except ImportError:
-    pass
-  return info
+# The scores of problems in the plane; those of images are in `evals`.
+_PLANE = {
+    "sliced_wasserstein": image.MetricInfo(
+        "SW₂",
+        False,
+        "sliced Wasserstein-2 distance between samples and true samples.",
+    ),
+    "energy_distance": image.MetricInfo(
+        "energy distance",
+        False,
+        "unbiased energy distance to true samples: about 0, even slightly"
+        " negative, for equal distributions.",
+    ),
+    "mode_tv": image.MetricInfo(
+        "mode TV",
+        False,
+        "total variation between the shares of samples at each mode and the"
+        " true weights.",
+    ),
+    "modes": image.MetricInfo(
+        "modes", True, "number of modes that samples reach."
+    ),
+    "within_4sd": image.MetricInfo(
+        "within 4 sd",
+        True,
+        "share of samples within four standard deviations of a mode.",
+        share=True,
+    ),
+    "map_rmse": image.MetricInfo(
+        "map RMSE",
+        False,
+        "root mean square distance to the exact end point from the same"
+        " latent.",
+    ),
+}
+_METRICS = {**image.METRICS, **_PLANE}
 
 
 class _Page(NamedTuple):
@@ -112,6 +138,35 @@ def _number(value: Any) -> str:
     sign = "−" if power.startswith("-") else ""
     shown = f"{mantissa}·10<sup>{sign}{int(power[1:])}</sup>"
   return shown.replace("-", "−")
+
+
+def _finite(value: Any) -> bool:
+  return value is not None and math.isfinite(value)
+
+
+def _decimals(models: Sequence[float], floors: Sequence[float]) -> int | None:
+  """Decimals that suit a whole column, or None for single formats.
+
+  Enough for three digits of the smallest model value and two of the smallest
+  floor.
+  """
+  finite = [v for v in (*models, *floors) if _finite(v)]
+  if all(float(v).is_integer() for v in finite):
+    return 0
+  needed = [
+      digits - 1 - math.floor(math.log10(abs(value)))
+      for values, digits in ((models, 3), (floors, 2))
+      for value in values
+      if _finite(value) and value
+  ]
+  most = max(needed, default=2)
+  return max(0, most) if most <= 6 else None
+
+
+def _column_number(value: Any, decimals: int | None) -> str:
+  if decimals is None or not _finite(value):
+    return _number(value)
+  return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def _seconds(value: Any) -> str:
@@ -286,10 +341,6 @@ def _table(head: str, bodies: Iterable[tuple[str, list[str]]]) -> str:
   return "".join(parts) + "</table></div>"
 
 
-def _finite(value: Any) -> bool:
-  return value is not None and math.isfinite(value)
-
-
 def _best(rows, info) -> dict[str, float]:
   """The best finite value of each metric whose direction is known."""
   best: dict[str, float] = {}
@@ -302,8 +353,10 @@ def _best(rows, info) -> dict[str, float]:
   return best
 
 
-def _score_table(page: _Page, scores, floors) -> str:
-  info = _metric_info()
+def _score_table(page: _Page, summary: Mapping[str, Any]) -> str:
+  scores = list(summary.get("scores") or [])
+  floors = list(summary.get("floors") or [])
+  info = _METRICS
   rows = list(scores) + list(floors)
   metrics = list(dict.fromkeys(r["metric"] for r in rows))
   best = _best(scores, info)
@@ -317,6 +370,16 @@ def _score_table(page: _Page, scores, floors) -> str:
       arrow = f'<span title="{good} is better">{arrow}</span>'
     name = known.label if known else metric
     head += f'<th scope="col">{_text(name)}{arrow}</th>'
+
+  def column(part, metric):
+    return [r["value"] for r in part if r["metric"] == metric]
+
+  decimals = {
+      m: 3
+      if m in info and info[m].share
+      else _decimals(column(scores, m), column(floors, m))
+      for m in metrics
+  }
 
   def body(part, marked):
     lines: dict[tuple, dict[str, Any]] = {}
@@ -336,7 +399,7 @@ def _score_table(page: _Page, scores, floors) -> str:
           mark = ' class="broken"'
         elif marked and value is not None and value == best.get(metric):
           mark = ' class="best"'
-        line.append(f"<td{mark}>{_number(value)}</td>")
+        line.append(f"<td{mark}>{_column_number(value, decimals[metric])}</td>")
       out.append(f"<tr>{''.join(line)}</tr>")
     return out
 
@@ -347,6 +410,13 @@ def _score_table(page: _Page, scores, floors) -> str:
   link = _data_link(
       page, "scores", {c: [r.get(c) for r in rows] for c in columns}
   )
+  if summary.get("classifier_accuracy") is not None:
+    judge = (
+        " The classifier is right on"
+        f" {100 * summary['classifier_accuracy']:.1f} % of the held-out images."
+    )
+  else:
+    judge = ""
   meanings = "".join(
       f"<dt>{_text(info[m].label)}</dt><dd>{_text(info[m].meaning)}</dd>"
       for m in metrics
@@ -358,7 +428,7 @@ def _score_table(page: _Page, scores, floors) -> str:
       f'<div class="card">{table}<p class="note" style="margin-top:12px">Final'
       " weights; one row a model and number of sampling steps; the best of a"
       " column is marked. Floors (grey) are sets whose worth is known: read"
-      f" every score against them. {link}</p>{meanings}</div>"
+      f" every score against them.{judge} {link}</p>{meanings}</div>"
   )
 
 
@@ -374,7 +444,8 @@ def _timing_table(page: _Page, summary: Mapping[str, Any]) -> str:
     head += _head("of it compiling")
 
   def line(name, values, mark=""):
-    cells = "".join(f"<td>{_seconds(v)}</td>" for v in values)
+    shown = ["–" if v is None else f"{v:,.1f} s" for v in values]
+    cells = "".join(f"<td>{v}</td>" for v in shown)
     return f"<tr{mark}><td>{_text(name)}</td>{cells}</tr>"
 
   def total(part):
@@ -416,7 +487,8 @@ def _guard(summary: Mapping[str, Any]) -> str:
         f'<td{" class=broken" if count else ""}>{int(count):,}</td></tr>'
         for name, count in skipped.items()
     ]
-    parts.append(_table(_head("network", "skipped steps"), [("", rows)]))
+    head = _head("stage / network", "skipped steps")
+    parts.append(_table(head, [("", rows)]))
     parts.append(
         '<p class="note" style="margin-top:12px">A step whose gradient is not'
         " finite leaves that network, its optimiser and its EMA as they were."
@@ -453,6 +525,8 @@ def _reproduce(page: _Page, summary: Mapping[str, Any], command: str) -> str:
         "SHA-256 of the final student's parameters",
         f"<code>{_text(summary['params_sha256'])}</code>",
     ))
+  for name, count in dict(summary.get("parameters") or {}).items():
+    facts.append((f"parameters of {_text(name)}", f"{int(count):,}"))
   for name, version in dict(summary.get("versions") or {}).items():
     facts.append((_text(name), f"<code>{_text(version)}</code>"))
   rows = [
@@ -488,26 +562,21 @@ def _reproduce(page: _Page, summary: Mapping[str, Any], command: str) -> str:
 
 def _tiles(summary: Mapping[str, Any]) -> str:
   """The first metric of a few models, its noise floor, and the time it took."""
-  info = _metric_info()
+  info = _METRICS
   scores = list(summary.get("scores") or [])
   tiles = []
   if scores:
     metric = scores[0]["metric"]
     label = info[metric].label if metric in info else metric
     rows = [r for r in scores if r["metric"] == metric]
-    models = [m for m in dict.fromkeys(r["model"] for r in rows)]
-    shown = []
-    # Of each model the fewest and the most steps: the two ends of the story.
-    for model in models:
-      own = sorted(
-          (r for r in rows if r["model"] == model),
-          key=lambda r: -(r.get("steps") or 0),
-      )
-      shown += own[:1] + own[-1:] if len(own) > 1 else own
-    for row in shown[:4]:
-      main = row["model"] == models[-1] and row is shown[:4][-1]
+    models = [r["model"] for r in rows]
+    fewest = min(
+        (r for r in rows if r["model"] == models[-1]),
+        key=lambda r: r.get("steps") or 0,
+    )
+    for row in rows[:4]:
       tiles.append((
-          "tile main" if main else "tile",
+          "tile main" if row is fewest else "tile",
           _number(row["value"]),
           f"{label}: {row_name(row)}",
       ))
@@ -541,9 +610,9 @@ def write_report(
   """Writes `workdir/report.html` and the CSVs in `workdir/report/`.
 
   The page holds, in this order: title, lead and headline numbers; the figures
-  that are not curves (sample grids first come first); the scores as a chart and
-  a table with floors; the training curves; times; skipped steps and hints; how
-  to reproduce. A section with nothing to show is left out.
+  that are not curves, as given; the scores as a chart and a table with floors;
+  the training curves (titles that begin with "Training"); times; skipped steps
+  and hints; how to reproduce. A section with nothing to show is left out.
 
   Args:
     workdir: the run's folder.
@@ -553,8 +622,9 @@ def write_report(
     summary: the dict of summary.json. Read are `scores` and `floors` (rows
       {model, steps, metric, value, n}), `seconds` and `cpu_seconds` (by stage),
       `compile_seconds` (a number, or by stage), `params_sha256`, `versions`,
-      `seed`, `skipped` (by network), `config`, and `hints` (sentences of the
-      diagnostics); every one of them may be missing.
+      `seed`, `skipped` (by network), `config`, `classifier_accuracy`,
+      `parameters` (by network), and `hints` (sentences of the diagnostics);
+      every one of them may be missing.
     figures: from `image_grid`, `scatter_grid`, `curves`, or made by hand. One
       whose drawing fails is replaced by a line that says so.
     command: how to run this again.
@@ -577,7 +647,7 @@ def write_report(
   if pictures:
     sections.append(("Samples", "".join(pictures)))
   if scores or floors:
-    info = _metric_info()
+    info = _METRICS
     chart = None
     if scores:
       metric = scores[0]["metric"]
@@ -590,7 +660,7 @@ def write_report(
           higher_is_better=bool(known and known.higher_is_better),
       )
     drawn = _figure(page, chart) if chart else ""
-    sections.append(("Scores", drawn + _score_table(page, scores, floors)))
+    sections.append(("Scores", drawn + _score_table(page, summary)))
   training = [_figure(page, f) for f in figures if is_curve(f)]
   if training:
     sections.append(("Training", "".join(training)))

@@ -96,7 +96,7 @@ def image_grid(
     rows: Sequence[tuple[str, Any]],
     column_names: Sequence[str],
     *,
-    title: str = "Samples",
+    title: str = "Samples by class",
     caption: str = (
         "One class a column; every model starts from the same latents in a"
         " column."
@@ -165,7 +165,12 @@ def image_grid(
     axes.tick_params(length=0, labelsize=9.5)
     axes.xaxis.tick_top()
     most = max(6, int(cell * 11))
-    names = [textwrap.fill(str(n), most) for n in column_names]
+    names = [
+        textwrap.fill(
+            str(n), most, break_on_hyphens=False, break_long_words=False
+        )
+        for n in column_names
+    ]
     centre_x = np.arange(columns) * step_x + (step_x - gap) / 2
     axes.set_xticks(centre_x, names, color=style.muted)
     ticks, texts, start = [], [], 0
@@ -360,16 +365,18 @@ def smooth(values: Any, *, width: int) -> np.ndarray:
     Float64 [n]; NaN where the whole window is not finite.
   """
   values = np.asarray(values, np.float64)
-  n = len(values)
   ok = np.isfinite(values)
-  sums = np.concatenate([[0.0], np.cumsum(np.where(ok, values, 0.0))])
-  counts = np.concatenate([[0], np.cumsum(ok)])
-  index = np.arange(n)
-  half = np.minimum(width // 2, np.minimum(index, n - 1 - index))
-  low, high = index - half, index + half + 1
-  count = counts[high] - counts[low]
-  total = sums[high] - sums[low]
-  return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+  clean = np.where(ok, values, 0.0)
+  half = min(width // 2, max(len(values) - 1, 0) // 2)
+  window = np.ones(2 * half + 1)
+  # Not by a running sum: one huge value would cost all later ones their digits.
+  total = np.convolve(clean, window, mode="same")
+  count = np.convolve(ok.astype(np.float64), window, mode="same")
+  for i in range(half):
+    ends = ((i, slice(0, 2 * i + 1)), (-1 - i, slice(-1 - 2 * i, None)))
+    for j, piece in ends:
+      total[j], count[j] = clean[piece].sum(), ok[piece].sum()
+  return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
 
 
 def _is_log(values: np.ndarray) -> bool:
@@ -378,6 +385,19 @@ def _is_log(values: np.ndarray) -> bool:
   if not len(values) or values.min() <= 0:
     return False
   return bool(values.max() / values.min() > 30)
+
+
+def _limits(values: np.ndarray) -> tuple[float, float] | None:
+  """Axis limits for a series that hardly varies, whose noise is no news."""
+  values = values[np.isfinite(values)]
+  if not len(values):
+    return None
+  size = max(abs(values.max()), abs(values.min()))
+  if values.max() - values.min() > 1e-6 * size:
+    return None
+  return (-1.0, 1.0) if size == 0 else (
+      values.min() - 0.5 * size, values.max() + 0.5 * size
+  )
 
 
 def _order(name: str) -> tuple[int, str, str]:
@@ -413,9 +433,10 @@ def curves(metrics_path: str | os.PathLike) -> list[Figure]:
 
 
 def _curve_figure(stage, series, more) -> Figure:
-  networks = list(dict.fromkeys(n.rpartition("/")[0] for n in series))
+  networks = dict.fromkeys(n.rpartition("/")[0] for n in series)
+  named = [network for network in networks if network]
   smoothed = {
-      name: smooth(values, width=max(1, len(values) // 20))
+      name: smooth(values, width=min(201, max(1, len(values) // 20)))
       for name, (_, values) in series.items()
   }
   columns = min(3, max(len(series), 1))
@@ -427,7 +448,9 @@ def _curve_figure(stage, series, more) -> Figure:
       axes.set_visible(False)
     for axes, (name, (steps, values)) in zip(grid.ravel(), series.items()):
       network, _, last = name.rpartition("/")
-      colour = style.colours[networks.index(network) % len(style.colours)]
+      colour = style.muted
+      if network:
+        colour = style.colours[named.index(network) % len(style.colours)]
       stride = max(1, len(steps) // _MOST_POINTS)
       shown = slice(None, None, stride)
       axes.plot(
@@ -438,8 +461,11 @@ def _curve_figure(stage, series, more) -> Figure:
       )
       if len(steps) == 1:
         axes.plot(steps, values, "o", color=colour)
-      if _is_log(values):
+      if last != "learning_rate" and _is_log(values):
         axes.set_yscale("log")
+      limits = _limits(values)
+      if limits:
+        axes.set_ylim(*limits)
       axes.set_title(name, loc="left")
       axes.set_xlabel("step")
       axes.set_ylabel(_UNITS.get(last, last.replace("_", " ")))
@@ -515,20 +541,21 @@ def score_chart(
     where = np.arange(len(models))[::-1]
     if log:
       axes.set_xscale("log")
+      axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     left = min(values) / 1.25 if log else min(0.0, *values)
     right = max(values) * 1.6 if log else max(values) * 1.12
     colours = dict(zip(kinds[::-1], style.colours))
     for y, row in zip(where, models):
       colour = colours.get(row["model"], style.muted)
       axes.plot(
-          [left, row["value"]], [y, y], color=colour, alpha=0.35, linewidth=5,
-          solid_capstyle="butt",
+          [left, row["value"]], [y, y], color=colour, alpha=0.45, linewidth=2
       )
       axes.plot([row["value"]], [y], "o", color=colour, markersize=9)
       axes.annotate(
           f"{row['value']:.3g}", (row["value"], y), xytext=(9, 0),
           textcoords="offset points", va="center", color=style.text,
           fontsize=10,
+          bbox={"facecolor": style.background, "edgecolor": "none", "pad": 1},
       )
     top = len(models) - 0.35
     for row in lines:
@@ -536,15 +563,15 @@ def score_chart(
           row["value"], color=style.muted, linestyle=(0, (4, 3)), linewidth=1.1
       )
       axes.annotate(
-          textwrap.fill(
-              f"{row['model'].removeprefix('floor: ')} {row['value']:.3g}", 14
-          ),
+          textwrap.fill(row["model"].removeprefix("floor: "), 14)
+          + f"\n{row['value']:.3g}",
           (row["value"], top), xytext=(0, 3), textcoords="offset points",
           ha="center", va="bottom", color=style.muted, fontsize=8.5,
       )
     axes.set_xlim(left, right)
     axes.set_ylim(-0.6, top)
-    axes.set_yticks(where, [row_name(r) for r in models])
+    names = [row_name(r) for r in models]
+    axes.set_yticks(where, names, color=style.text)
     good = "higher is better" if higher_is_better else "lower is better"
     scale = ", log scale" if log else ""
     axes.set_xlabel(f"{label} ({good}{scale})")
