@@ -18,6 +18,7 @@ noise, so `convert` solves two equations in two unknowns:
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import ClassVar, NamedTuple
 
@@ -63,7 +64,10 @@ def _together(fn: str, t, **arrays):
     _checks.shape(fn, "t", part, shape[:n], "[b]", next(iter(arrays)))
   values = [_checks.at_least_float32(a) for a in arrays.values()]
   times = [_checks.at_least_float32(s) for s in jax.tree.leaves(t)]
-  dtype = jnp.result_type(*(a.dtype for a in values), *(s.dtype for s in times))
+  # promote_types, since result_type refuses to mix under strict promotion.
+  dtype = functools.reduce(
+      jnp.promote_types, (a.dtype for a in (*values, *times))
+  )
   values = [a.astype(dtype) for a in values]
   times = [_checks.expand_like(s.astype(dtype), values[0]) for s in times]
   return values, times
