@@ -276,8 +276,8 @@ def consistency_coefficients(
   """(a, b) of a consistency function f = a x + b v on the straight path.
 
   With x = (1 - sigma) x0 + sigma noise and v the network's velocity, its x0 is
-  x - sigma v. The boundary f(x, 0) = x asks for a(0) = 1, b(0) = 0, and b is what
-  the gradient of f with respect to the network is multiplied by:
+  x - sigma v. The boundary f(x, 0) = x asks for a(0) = 1 and b(0) = 0, and b is
+  what the gradient of f with respect to the network is multiplied by:
     "linear": a = 1, b = -sigma; f is the x0 estimate, |b| = O(sigma), the
       best rate a differentiable b can have.
     "karras": c_skip + c_out and -sigma c_out, with EDM's c_skip and c_out:
@@ -581,108 +581,6 @@ def continuous_consistency_loss(
   positive = squares > 0
   safe = jnp.where(positive, squares, jnp.ones_like(squares))
   return jnp.where(positive, jnp.sqrt(safe), jnp.zeros_like(squares))
-
-
-def easy_consistency_sigma(
-    sigma: Float[Array, "*b"],
-    *,
-    stage: int,
-    q: float = 2.0,
-    k: float = 8.0,
-    b: float = 1.0,
-    kind: Literal["sigmoid", "constant"] = "sigmoid",
-) -> Float[Array, "*b"]:
-  """ECT's lower level of a pair: closer to sigma with every stage.
-
-  sigma_next = max(sigma (1 - q^-(stage + 1) n), 0) with
-  n = 1 + k sigmoid(-b sigma) ("sigmoid") or 1 ("constant"). At stage 0 low
-  levels are paired with 0, which is diffusion training.
-
-  Args:
-    sigma: upper levels, >= 0. Any shape.
-    stage: how often the gap has been divided by q, >= 0.
-    q: that factor, > 1.
-    k: how much wider the gap is at low noise.
-    b: where that ends.
-    kind: "sigmoid" or "constant".
-
-  Returns:
-    Lower levels of the shape of sigma, at least float32.
-
-  Raises:
-    ValueError: an unknown kind, a negative stage, q <= 1; in debug mode also
-      negative sigma.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> easy_consistency_sigma(
-    ...     jnp.array([4.0]), stage=1, kind="constant").tolist()
-    [3.0]
-
-  References:
-    Geng et al., Consistency Models Made Easy, 2024, arXiv:2406.14548, and its
-    official code.
-  """
-  fn = "easy_consistency_sigma"
-  _checks.floating(fn, sigma=sigma)
-  _checks.in_range(fn, "sigma", sigma, 0.0)
-  _checks.in_range(fn, "stage", stage, 0)
-  _checks.in_range(fn, "q", q, 1.0, None, open_low=True)
-  _checks.one_of(fn, "kind", kind, ("sigmoid", "constant"))
-  sigma = _checks.at_least_float32(sigma)
-  gap = jnp.full_like(sigma, float(q) ** -(stage + 1))
-  if kind == "sigmoid":
-    gap = gap * (1 + k * jax.nn.sigmoid(-b * sigma))
-  return jnp.maximum(sigma * (1 - gap), jnp.zeros_like(sigma))
-
-
-def consistency_training_schedule(
-    step: Int[Array, "*n"] | int,
-    *,
-    total_steps: int,
-    start_scales: int = 2,
-    end_scales: int = 150,
-    start_ema: float = 0.9,
-) -> tuple[Int[Array, "*n"], Float[Array, "*n"]]:
-  """CT's number of levels and decay of the target, at a step.
-
-  N = ceil(sqrt(step/total ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 points, and
-  decay = exp(s0 log(start_ema) / (N - 1)).
-
-  Args:
-    step: training step, in [0, total_steps]. Any shape.
-    total_steps: length of the run.
-    start_scales: s0.
-    end_scales: s1.
-    start_ema: the decay at N = s0 + 1.
-
-  Returns:
-    (N int32, decay at least float32), of the shape of step.
-
-  Raises:
-    ValueError: counts below 1, start_ema outside (0, 1]; a step outside the run
-      (a number always, an array in debug mode).
-
-  Example:
-    >>> n, _ = consistency_training_schedule(0, total_steps=10)
-    >>> int(n)
-    2
-
-  References:
-    Song et al., Consistency Models, 2023, arXiv:2303.01469, appendix C.
-  """
-  fn = "consistency_training_schedule"
-  _checks.in_range(fn, "total_steps", total_steps, 1)
-  _checks.in_range(fn, "start_scales", start_scales, 1)
-  _checks.in_range(fn, "end_scales", end_scales, start_scales)
-  _checks.in_range(fn, "start_ema", start_ema, 0.0, 1.0, open_low=True)
-  _checks.in_range(fn, "step", step, 0, total_steps)
-  share = jnp.asarray(step, jnp.result_type(float)) / total_steps
-  rise = (end_scales + 1) ** 2 - start_scales**2
-  scales = jnp.ceil(jnp.sqrt(share * rise + start_scales**2) - 1)
-  scales = jnp.maximum(scales, jnp.ones_like(scales))
-  decay = jnp.exp(float(np.log(start_ema)) * start_scales / scales)
-  return scales.astype(jnp.int32) + 1, decay
 
 
 def tangent_warmup(

@@ -1469,6 +1469,49 @@ def progressive_target(
   )
 
 
+def progressive_num_steps(
+    step: Int[Array, "*n"] | int,
+    *,
+    start: int = 4096,
+    steps_per_stage: int = 50000,
+) -> Int[Array, "*n"]:
+  """The student's number of steps at a training step: halved every stage.
+
+  start, start / 2, ... for `steps_per_stage` each, except that 2 lasts twice as
+  long; 1 to the end. At a change the student becomes the teacher and the
+  optimiser state is reset.
+
+  Args:
+    step: training step, >= 0. Any shape.
+    start: number of steps of the first student, a power of two, >= 2.
+    steps_per_stage: length of a stage.
+
+  Returns:
+    int32 of the shape of step.
+
+  Raises:
+    ValueError: start not a power of two, steps_per_stage below 1.
+
+  Example:
+    >>> int(progressive_num_steps(100000, start=16))
+    4
+
+  References:
+    Song et al., Consistency Models, 2023, arXiv:2303.01469, official code of
+    its progressive-distillation baseline.
+  """
+  fn = "progressive_num_steps"
+  _checks.in_range(fn, "steps_per_stage", steps_per_stage, 1)
+  if start < 2 or start & (start - 1):
+    _checks.fail(fn, "start", "a power of two, at least 2", start)
+  _checks.in_range(fn, "step", step, 0)
+  stage = jnp.asarray(step) // steps_per_stage
+  halvings = start.bit_length() - 1
+  power = jnp.clip(halvings - stage, 1, halvings)
+  power = jnp.where(stage > halvings, jnp.zeros_like(power), power)
+  return jnp.left_shift(jnp.ones_like(power), power).astype(jnp.int32)
+
+
 def guidance_distillation_loss(
     student: Float[Array, "b *s"],
     teacher_cond: Float[Array, "b *s"],
