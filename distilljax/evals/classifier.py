@@ -163,15 +163,17 @@ def _init(seed: int, shape: tuple[int, int, int], classes: int) -> Params:
   }
 
 
+def _rate(steps: int, peak: float) -> optax.Schedule:
+  """From peak / 25 to the peak in a fifth of the steps, then down to none."""
+  return optax.cosine_onecycle_schedule(steps, peak, pct_start=0.2)
+
+
 def _fit(x, label, classes, hyper, progress) -> Params:
   """Trains from scratch; every number that matters comes from `hyper`."""
   batch_size = hyper["batch_size"]
   passes = math.ceil(hyper["epochs"] * len(x) / batch_size)
   steps = min(hyper["max_steps"], passes)
-  rate = optax.cosine_onecycle_schedule(
-      steps, hyper["learning_rate"], pct_start=0.2
-  )
-  optimizer = optax.adam(rate)
+  optimizer = optax.adam(_rate(steps, hyper["learning_rate"]))
 
   def loss_fn(params, images, labels):
     logits, _ = classifier_apply(params, images)
@@ -270,7 +272,10 @@ def _write(path: pathlib.Path, params: Params, facts: dict[str, float]) -> None:
 def _read(path: pathlib.Path, template: Params):
   """(params, facts), or a ValueError that says what is wrong with the file."""
   try:
-    with np.load(path, allow_pickle=False) as file:
+    content = path.read_bytes()
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+      raise ValueError("cut off, or not an npz file")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
       facts = json.loads(str(file["facts"]))
       arrays = {name: file[name] for name in _flatten(template)}
   except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
