@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distilljax import _checks
 from distilljax.oracles import gaussian_mixture as gaussian_mixture_lib
@@ -33,7 +34,7 @@ def _pair(fn: str, x, y):
         fn, "y", f"[m, {jnp.shape(x)[1]}] like x", list(jnp.shape(y))
     )
   x, y = _checks.at_least_float32(x), _checks.at_least_float32(y)
-  dtype = jnp.promote_types(x.dtype, y.dtype)
+  dtype = np.promote_types(x.dtype, y.dtype)
   return x.astype(dtype), y.astype(dtype)
 
 

@@ -68,7 +68,7 @@ class GaussianMixture(NamedTuple):
           fn, "x", f"[b, *s] with {self.dim} values a row", list(np.shape(x))
       )
     x = _checks.at_least_float32(x)
-    dtype = jnp.promote_types(x.dtype, self.means.dtype)
+    dtype = np.promote_types(x.dtype, self.means.dtype)
     return jnp.reshape(x.astype(dtype), (x.shape[0], size))
 
   def _columns(self, fn: str, x, **levels):

@@ -6,6 +6,7 @@ w = 1 is the conditional prediction, w = 0 the unconditional one.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distilljax import _checks
 from distilljax.processes import time as time_lib
@@ -47,7 +48,7 @@ def guide(
   _checks.nonempty("guide", uncond=uncond)
   uncond = _checks.at_least_float32(uncond)
   cond = _checks.at_least_float32(cond)
-  dtype = jnp.promote_types(uncond.dtype, cond.dtype)
+  dtype = np.promote_types(uncond.dtype, cond.dtype)
   uncond, cond = uncond.astype(dtype), cond.astype(dtype)
   guidance = jnp.asarray(guidance, dtype)
   if guidance.ndim:

@@ -64,9 +64,9 @@ def _together(fn: str, t, **arrays):
     _checks.shape(fn, "t", part, shape[:n], "[b]", next(iter(arrays)))
   values = [_checks.at_least_float32(a) for a in arrays.values()]
   times = [_checks.at_least_float32(s) for s in jax.tree.leaves(t)]
-  # promote_types, since result_type refuses to mix under strict promotion.
+  # NumPy decides: under strict promotion JAX refuses to.
   dtype = functools.reduce(
-      jnp.promote_types, (a.dtype for a in (*values, *times))
+      np.promote_types, (a.dtype for a in (*values, *times))
   )
   values = [a.astype(dtype) for a in values]
   times = [_checks.expand_like(s.astype(dtype), values[0]) for s in times]
