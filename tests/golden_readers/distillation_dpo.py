@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from distilljax import losses
-from distilljax import processes
+from distilljax import losses, processes
 
 CALLS = {
     r"aux_(loss|grad_\w+)": "losses.denoising_loss(kind='epsilon'), rank_pair",

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from distilljax import losses
-from distilljax import processes
+from distilljax import losses, processes
 
 CALLS = {
     r"dm_(loss|grad_latents)": "losses.surrogate_loss(dmd_direction(eps=0))",
@@ -33,8 +32,8 @@ def reproduce(golden):
   head = golden.inputs("head_")
   x, real_image = golden["latents"], golden["real_image"]
   names = (
-      "dm_timesteps dm_noise fake_timesteps fake_noise gcls_timesteps gcls_noise"
-      " dcls_t_real dcls_noise_real dcls_t_fake dcls_noise_fake"
+      "dm_timesteps dm_noise fake_timesteps fake_noise gcls_timesteps"
+      " gcls_noise dcls_t_real dcls_noise_real dcls_t_fake dcls_noise_fake"
   )
   draws = {name: golden[name] for name in names.split()}
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distilljax import losses
-from distilljax import processes
+from distilljax import losses, processes
 
 CALLS = {
     r"dm_(loss|grad_latents)": "losses.surrogate_loss(dmd_direction(eps=0))",

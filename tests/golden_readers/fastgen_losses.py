@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from distilljax import losses
-from distilljax import processes
+from distilljax import losses, processes
 
 CALLS = {
     r"vsd(_bf16)?_(loss|grad)": "losses.surrogate_loss(dmd_direction)",
@@ -17,7 +16,7 @@ CALLS = {
         "losses.f_divergence_weight(normalize_ratio(density_ratio))"
     ),
     r"fd_rkl_bins_after": (
-        "losses.normalize_ratio, after one call (the official code raises there)"
+        "losses.normalize_ratio, after one call, where the official code raises"
     ),
     r"fd_\w+_bins_after": "losses.normalize_ratio, after all calls",
 }
@@ -81,6 +80,9 @@ def adversarial(golden):
   """Both GAN losses on the recorded logits."""
   real, fake = golden["real_logits"], golden["fake_logits"]
 
+  def discriminator(real, fake):
+    return losses.masked_mean(losses.gan_discriminator_loss(real, fake))
+
   @jax.jit
   def run():
     return (
@@ -88,8 +90,7 @@ def adversarial(golden):
             lambda f: losses.masked_mean(losses.gan_generator_loss(f))
         )(fake),
         jax.value_and_grad(
-            lambda r, f: losses.masked_mean(losses.gan_discriminator_loss(r, f)),
-            argnums=(0, 1),
+            discriminator, argnums=(0, 1)
         )(real, fake),
     )
 

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from distilljax import losses
-from distilljax import processes
+from distilljax import losses, processes
 
 CALLS = {
     r"sds\w*_grad_latents": (
