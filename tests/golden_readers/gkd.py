@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 from distilljax import losses
 
+# Many small programs, each run once or twice: compile them cheaply.
+_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 CALLS = {
     r"loss_batchmean|loss_all_masked|loss_extreme|minillm_single_step_loss": (
         "masked_mean(generalized_jsd | reverse_kl)"
@@ -35,7 +40,7 @@ TOLERANCE = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="beta")
+@functools.partial(_jit, static_argnames="beta")
 def _case(student, teacher, where, temperature, *, beta):
   """(token mean, sum) and the gradient of the mean."""
 
@@ -49,14 +54,14 @@ def _case(student, teacher, where, temperature, *, beta):
   return jax.value_and_grad(fn, has_aux=True)(student)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(_jit, static_argnames="kind")
 def _estimate(student, teacher, *, kind):
   fn = functools.partial(losses.kl_estimate, kind=kind)
   value, pull = jax.vjp(lambda s: fn(s, teacher), student)
   return value, pull(jnp.ones_like(value))[0]
 
 
-@jax.jit
+@_jit
 def _single_step(student, teacher, where):
   return jax.value_and_grad(
       lambda s: losses.masked_mean(losses.reverse_kl(s, teacher), where)

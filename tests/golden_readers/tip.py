@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 from distilljax import losses
 
+# Many small programs, each run once or twice: compile them cheaply.
+_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 CALLS = {
     r"(loss|grad)_(reverse_kl|forward_kl|jsd_.*)": (
         "masked_mean(reverse_kl | forward_kl | generalized_jsd)"
@@ -29,7 +34,7 @@ TOLERANCE = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("name", "beta"))
+@functools.partial(_jit, static_argnames=("name", "beta"))
 def _loss(student, teacher, *, name, beta):
   fn = {
       "reverse_kl": losses.reverse_kl,
@@ -42,7 +47,7 @@ def _loss(student, teacher, *, name, beta):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("rate", "exponent", "draws", "dtype")
+    _jit, static_argnames=("rate", "exponent", "draws", "dtype")
 )
 def _frequency(scores, *, rate, exponent, draws, dtype):
   noise = jax.random.gumbel(
@@ -64,7 +69,7 @@ def reproduce(golden):
     loss, grad = _loss(student, teacher, name=m.group(1), beta=beta)
     out[m.group(0)] = loss
     out[m.group(0).replace("loss", "grad")] = grad
-  scores = jax.jit(losses.token_importance)(student, teacher)
+  scores = _jit(losses.token_importance)(student, teacher)
   out["per_token_reverse_kl"] = scores.reverse_kl
   out["per_token_forward_kl"] = scores.forward_kl
   out["norm_entropy"] = scores.entropy
@@ -73,8 +78,8 @@ def reproduce(golden):
     top = functools.partial(
         losses.token_importance, jsd_top_k=int(m.group(1))
     )
-    out[m.group(0)] = jax.jit(top)(student, teacher).jsd
-  out["teacher_norm_entropy"] = jax.jit(losses.token_importance)(
+    out[m.group(0)] = _jit(top)(student, teacher).jsd
+  out["teacher_norm_entropy"] = _jit(losses.token_importance)(
       teacher, teacher
   ).entropy
   half = losses.select_tokens(scores.entropy[None], rate=0.5)
