@@ -144,7 +144,7 @@ def _finite(value: Any) -> bool:
   return value is not None and math.isfinite(value)
 
 
-def _decimals(models: Sequence[float], floors: Sequence[float]) -> int | None:
+def _decimals(models: Sequence[Any], floors: Sequence[Any]) -> int | None:
   """Decimals that suit a whole column, or None for single formats.
 
   Enough for three digits of the smallest model value and two of the smallest

@@ -140,7 +140,10 @@ def image_grid(
           f"of size {list(pictures[0].shape[1:])} like the first row",
           list(images.shape[1:]),
       )
-    _checks.one_of(fn, "channels", images.shape[-1], (1, 3))
+    if images.shape[-1] not in (1, 3):
+      _checks.fail(
+          fn, f"channels of {label!r}", "1 or 3", images.shape[-1]
+      )
     labels.append(label)
     pictures.append(images)
   height, width, channels = pictures[0].shape[1:]
@@ -365,6 +368,8 @@ def smooth(values: Any, *, width: int) -> np.ndarray:
     Float64 [n]; NaN where the whole window is not finite.
   """
   values = np.asarray(values, np.float64)
+  if not len(values):
+    return values
   ok = np.isfinite(values)
   clean = np.where(ok, values, 0.0)
   half = min(width // 2, max(len(values) - 1, 0) // 2)
