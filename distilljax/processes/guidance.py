@@ -130,8 +130,9 @@ def sample_guidance(
   """
   fn = "sample_guidance"
   if choices is not None:
-    _checks.nonempty(fn, choices=choices)
-    table = jnp.asarray([float(c) for c in choices], jnp.float32)
+    table = np.asarray(choices, np.float32)
+    _checks.nonempty(fn, choices=table)
+    table = jnp.asarray(table)
     return time_lib._per_key(
         lambda k: table[jax.random.randint(k, shape, 0, len(choices))], key
     )

@@ -88,7 +88,8 @@ def euler(
   times = _grid("euler", x, times, 2)
 
   def step(x, t, r):
-    return x - _checks.expand_like(t - r, x) * velocity_fn(x, t)
+    velocity = velocity_fn(x, t).astype(x.dtype)
+    return x - _checks.expand_like(t - r, x) * velocity
 
   return _scan(step, x, (times[:-1], times[1:]), unroll)
 
@@ -138,7 +139,8 @@ def heun(
   x = _scan(step, x, (times[:n], times[1 : n + 1]), unroll)
   if euler_last:
     t, r = times[-2], times[-1]
-    x = (x - _checks.expand_like(t - r, x) * velocity_fn(x, t)).astype(x.dtype)
+    velocity = velocity_fn(x, t).astype(x.dtype)
+    x = x - _checks.expand_like(t - r, x) * velocity
   return x
 
 
@@ -302,7 +304,8 @@ def flow_map(
   times = _grid("flow_map", x, times, 2)
 
   def step(x, t, r):
-    return x - _checks.expand_like(t - r, x) * map_fn(x, t, r)
+    mean_velocity = map_fn(x, t, r).astype(x.dtype)
+    return x - _checks.expand_like(t - r, x) * mean_velocity
 
   return _scan(step, x, (times[:-1], times[1:]), unroll)
 
