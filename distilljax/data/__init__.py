@@ -1,7 +1,7 @@
 """Data: small real sets in the package, readers, iterators with exact state."""
 
 from distilljax.data.iterator import BatchIterator, make_iterator, row_iterator
-from distilljax.data.load import (
+from distilljax.data.sources import (
     Info,
     from_tfds,
     info,

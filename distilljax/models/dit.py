@@ -59,7 +59,8 @@ class DiT(nnx.Module):
   Call: `apply_fn(params, x, t, *, label=None, r=None, features=False)` with
   x [b, h, w, in_channels] (h, w multiples of `patch`), t [b] in [0, 1], label
   [b] int32 (num_classes or None = the null class), r [b] in [0, 1] (None =
-  t). The output is like x; features are the tokens of the middle block, [b, n, width].
+  t). The output is like x; features are the tokens of the middle block, number
+  depth // 2 from 0, [b, n, width].
 
   Args:
     in_channels: channels of the image.

@@ -4,7 +4,7 @@ This file and the zoo beside it are the only places of the library that know
 Flax: everything else sees a function and a plain nested dict of arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +119,7 @@ def from_nnx(module: Any) -> Network:
   return Network(apply_fn, _names(params))
 
 
-def from_linen(module: Any, variables: dict[str, Any]) -> Network:
+def from_linen(module: Any, variables: Mapping[str, Any]) -> Network:
   """A network from a `flax.linen.Module` and the variables of its `init`.
 
   Args:

@@ -64,7 +64,7 @@ class UNet(nnx.Module):
       in_channels: int = 1,
       channels: int = 32,
       multipliers: tuple[int, ...] = (1, 2),
-      blocks: int = 2,
+      blocks: int = 1,
       patch: int = 2,
       condition: int = 128,
       num_classes: int = 0,

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from distilljax import _checks
 from distilljax.models import dit, head, layers, mlp, network, unet
@@ -62,7 +63,10 @@ def make(kind: str, key: jax.Array, **hyper: Any) -> network.Network:
 
   count = layers.Draws()
   jax.eval_shape(lambda: build(count))
-  init = jax.jit(
-      lambda key: build(layers.Draws(jax.random.normal(key, (count.used,))))
-  )
+
+  @jax.jit
+  def init(key):
+    values = jax.random.normal(key, (count.used,), jnp.float32)
+    return build(layers.Draws(values))
+
   return network.Network(apply_fns[0], init(key))

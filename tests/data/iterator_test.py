@@ -1,0 +1,298 @@
+"""Batches: coverage, order, exact state, processes, augmentation."""
+
+import time
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from distilljax import data
+from tests.helpers import one_line_error
+
+
+def _rows(iterator, batches, key="x"):
+  return np.concatenate([next(iterator)[key] for _ in range(batches)])
+
+
+@hypothesis.given(
+    n=st.integers(4, 23),
+    batch_size=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    skip=st.integers(0, 9),
+)
+def test_every_row_comes_once_an_epoch_and_the_state_is_exact(
+    n, batch_size, seed, skip
+):
+  arrays = {"x": np.arange(n), "y": np.arange(n) ** 2}
+  make = lambda: data.make_iterator(arrays, batch_size, seed=seed)
+  iterator = make()
+  rows = _rows(iterator, -(-3 * n // batch_size))
+  for epoch in range(3):
+    part = rows[epoch * n : (epoch + 1) * n]
+    assert sorted(part) == list(range(n))
+  iterator = make()
+  for _ in range(skip):
+    next(iterator)
+  state = iterator.get_state()
+  ahead = [next(iterator) for _ in range(5)]
+  other = make()
+  other.set_state(state)
+  for batch in ahead:
+    again = next(other)
+    np.testing.assert_array_equal(again["x"], batch["x"])
+    np.testing.assert_array_equal(again["y"], batch["x"] ** 2)
+  assert other.get_state() == iterator.get_state()
+  iterator.set_state(state)  # backwards, on the used one
+  np.testing.assert_array_equal(next(iterator)["x"], ahead[0]["x"])
+
+
+def test_epochs_and_seeds_differ_and_unshuffled_is_in_order():
+  arrays = {"x": np.arange(50)}
+  rows = _rows(data.make_iterator(arrays, 10, seed=0), 15)
+  epochs = [tuple(rows[i : i + 50]) for i in (0, 50, 100)]
+  other = tuple(_rows(data.make_iterator(arrays, 10, seed=1), 5))
+  assert len({*epochs, other, tuple(range(50))}) == 5
+  plain = data.make_iterator(arrays, 20, seed=0, shuffle=False)
+  np.testing.assert_array_equal(_rows(plain, 6), np.arange(120) % 50)
+
+
+def test_order_is_uniform():
+  # Row 0 lands at each of 4 places equally often: 4000 epochs, 5 sigma.
+  rows = _rows(data.make_iterator({"x": np.arange(4)}, 4, seed=0), 4000)
+  counts = np.bincount(np.flatnonzero(rows == 0) % 4, minlength=4)
+  assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000 * 3 / 4)
+
+
+def test_iterating_keeps_dtypes_and_other_axes():
+  arrays = {
+      "x": np.zeros((5, 2, 3), np.float32),
+      "label": np.arange(5, dtype=np.int32),
+  }
+  iterator = data.make_iterator(arrays, 5, seed=0)
+  assert iter(iterator) is iterator and iterator.batch_size == 5
+  assert iterator.position == 0
+  batch = next(iterator)
+  assert iterator.position == 1
+  assert batch["x"].shape == (5, 2, 3) and batch["x"].dtype == np.float32
+  assert batch["label"].dtype == np.int32
+  batch["label"][:] = -1  # a batch is a copy: the source stays as it was
+  assert sorted(next(iterator)["label"]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("augment", (None, {"flip": True, "shift": 1}))
+def test_processes_share_a_batch_whatever_their_number(augment):
+  x = np.random.default_rng(0).normal(size=(30, 4, 4, 1)).astype(np.float32)
+  make = lambda i, n: data.make_iterator(
+      {"x": x}, 8, seed=3, augment=augment, process_index=i, process_count=n
+  )
+  whole, halves = make(0, 1), [make(i, 2) for i in range(2)]
+  for _ in range(6):
+    parts = [next(half)["x"] for half in halves]
+    assert all(len(part) == 4 for part in parts)
+    np.testing.assert_array_equal(next(whole)["x"], np.concatenate(parts))
+  assert whole.get_state() == halves[0].get_state() == halves[1].get_state()
+  quarter = make(3, 4)
+  quarter.set_state(whole.get_state())
+  np.testing.assert_array_equal(next(quarter)["x"], next(whole)["x"][6:])
+
+
+# Augmentation.
+
+
+def _moved(image, flip, down, right):
+  """One pixel at a time: the place that a pixel of the result comes from."""
+  h, w, _ = image.shape
+  image = image[:, ::-1] if flip else image
+  out = np.empty_like(image)
+  for y in range(h):
+    for x in range(w):
+      out[y, x] = image[
+          min(max(y - down, 0), h - 1), min(max(x - right, 0), w - 1)
+      ]
+  return out
+
+
+@pytest.mark.parametrize(
+    "augment, flips, shifts",
+    (
+        ({"flip": True}, (False, True), (0,)),
+        ({"shift": 2}, (False,), (-2, -1, 0, 1, 2)),
+        ({"flip": True, "shift": 1}, (False, True), (-1, 0, 1)),
+    ),
+)
+def test_augmentation_draws_every_move_equally_often(augment, flips, shifts):
+  image = np.random.default_rng(0).normal(size=(5, 6, 2)).astype(np.float32)
+  arrays = {"x": image[None].repeat(100, 0), "label": np.arange(100)}
+  iterator = data.make_iterator(arrays, 100, seed=1, augment=augment)
+  options = [(f, d, r) for f in flips for d in shifts for r in shifts]
+  known = {_moved(image, *o).tobytes(): i for i, o in enumerate(options)}
+  assert len(known) == len(options)
+  counts, seen = np.zeros(len(options)), []
+  for _ in range(40):
+    batch = next(iterator)
+    assert sorted(batch["label"]) == list(range(100))
+    drawn = [known[row.tobytes()] for row in batch["x"]]
+    seen.append(tuple(drawn))
+    counts += np.bincount(drawn, minlength=len(options))
+  p = 1 / len(options)
+  assert np.abs(counts - 4000 * p).max() < 5 * np.sqrt(4000 * p * (1 - p))
+  assert len(set(seen)) == 40  # a batch number draws anew
+  assert arrays["x"].shape == (100, 5, 6, 2)
+
+
+def test_augmentation_is_part_of_the_state_and_of_the_seed():
+  x = np.random.default_rng(0).normal(size=(9, 4, 4, 1))
+  make = lambda seed: data.make_iterator(
+      {"x": x}, 4, seed=seed, augment={"flip": True, "shift": 1}, shuffle=False
+  )
+  iterator, other = make(0), make(0)
+  for _ in range(7):
+    next(iterator)
+  other.set_state(iterator.get_state())
+  a, b = next(iterator)["x"], next(other)["x"]
+  np.testing.assert_array_equal(a, b)
+  different = make(1)
+  for _ in range(7):
+    next(different)
+  assert not np.array_equal(next(different)["x"], a)
+
+
+def test_an_augmentation_that_does_nothing_is_none():
+  x = np.random.default_rng(0).normal(size=(8, 4, 4, 1))
+  plain = data.make_iterator({"x": x}, 4, seed=0)
+  still = data.make_iterator(
+      {"x": x}, 4, seed=0, augment={"flip": False, "shift": 0}
+  )
+  for _ in range(3):
+    np.testing.assert_array_equal(next(plain)["x"], next(still)["x"])
+  data.make_iterator({"y": np.arange(4)}, 4, seed=0, augment={})
+
+
+# Row numbers.
+
+
+def test_row_iterator_counts_rows_over_all_processes():
+  iterator = data.row_iterator(4)
+  first = next(iterator)
+  assert set(first) == {"index"} and first["index"].dtype == np.int32
+  np.testing.assert_array_equal(first["index"], [0, 1, 2, 3])
+  state = iterator.get_state()
+  np.testing.assert_array_equal(next(iterator)["index"], [4, 5, 6, 7])
+  other = data.row_iterator(4, process_index=1, process_count=2)
+  other.set_state(state)
+  np.testing.assert_array_equal(next(other)["index"], [6, 7])
+
+
+def test_row_numbers_start_again_rather_than_overflow():
+  iterator = data.row_iterator(4)
+  state = iterator.get_state().replace(
+      b'"position": 0', b'"position": %d' % (2**29 - 1)
+  )
+  iterator.set_state(state)
+  np.testing.assert_array_equal(
+      next(iterator)["index"], np.arange(2**31 - 4, 2**31)
+  )
+  np.testing.assert_array_equal(next(iterator)["index"], [0, 1, 2, 3])
+
+
+# Bad input.
+
+
+def test_states_of_others_are_refused():
+  make = lambda n=10, b=4, seed=0, **more: data.make_iterator(
+      {"x": np.zeros((n, 4, 4, 1))}, b, seed=seed, **more
+  )
+  state = make().get_state()
+  for other, message in (
+      (make(n=11), "rows of the state must be 11 as here, got 10"),
+      (make(b=5), "batch_size of the state must be 5 as here, got 4"),
+      (make(seed=1), "seed of the state must be 1 as here, got 0"),
+      (make(shuffle=False), "shuffle of the state must be False as here"),
+      (make(augment={"flip": True}), "flip of the state must be True as here"),
+      (make(augment={"shift": 1}), "shift of the state must be 1 as here"),
+      (data.row_iterator(4), "flip of the state must be None as here"),
+  ):
+    with one_line_error(f"set_state: {message}"):
+      other.set_state(state)
+    assert other.position == 0
+  for broken in (b"", b"\xff\xfe", b"[1]", b"{}", b'{"position": "x"}', b"3"):
+    with one_line_error("set_state: state must be bytes from get_state, got"):
+      make().set_state(broken)
+
+
+def test_impossible_iterators_are_one_line():
+  x = {"x": np.zeros((10, 4, 4, 1))}
+  make = lambda arrays=x, b=4, seed=0, **more: data.make_iterator(
+      arrays, b, seed=seed, **more
+  )
+  for run, message in (
+      (
+          lambda: make(b=11, name="digits/train"),
+          "digits/train must be at least batch_size=11 rows, got 10 rows",
+      ),
+      (
+          lambda: make({"x": np.zeros(10), "label": np.zeros(9)}, name="d"),
+          r"d\['label'\] must be \[n, \.\.\.\] with as many rows as 'x', got",
+      ),
+      (lambda: make({"x": np.zeros(())}), r"arrays\['x'\] must be .*got \[\]"),
+      (lambda: make({}), "arrays must be a dict of arrays, got an empty one"),
+      (lambda: make(b=0), "batch_size must be >= 1, got 0"),
+      (lambda: make(b=2.0), "batch_size must be an integer, got 2.0"),
+      (lambda: make(b=True), "batch_size must be an integer, got True"),
+      (lambda: make(seed=-1), "seed must be >= 0, got -1"),
+      (
+          lambda: make(process_count=3),
+          "batch_size must be a multiple of process_count=3, got 4",
+      ),
+      (lambda: make(process_count=0), "process_count must be >= 1, got 0"),
+      (lambda: make(process_index=-1), "process_index must be >= 0, got -1"),
+      (
+          lambda: make(process_index=2, process_count=2),
+          "process_index must be < process_count=2, got 2",
+      ),
+      (
+          lambda: make(augment={"filp": True}),
+          "augment must be one of 'flip', 'shift', got 'filp'; did you mean",
+      ),
+      (lambda: make(augment={"flip": 1}), r"augment\['flip'\] must be a bool"),
+      (
+          lambda: make(augment={"shift": -1}),
+          r"augment\['shift'\] must be >= 0, got -1",
+      ),
+      (
+          lambda: make(augment={"shift": 4}),
+          r"augment\['shift'\] must be < 4, got 4",
+      ),
+      (
+          lambda: make({"x": np.zeros((10, 2))}, augment={"flip": True}),
+          r"augment must be None without images 'x' \[n, h, w, c\]",
+      ),
+      (
+          lambda: make({"y": np.zeros(10)}, augment={"shift": 1}),
+          "augment must be None without images 'x'",
+      ),
+  ):
+    with one_line_error(f"make_iterator: {message}"):
+      run()
+  make(b=10)
+  make(augment={"shift": 3})
+  with one_line_error("row_iterator: batch_size must be a multiple of"):
+    data.row_iterator(4, process_count=3)
+
+
+def test_a_batch_costs_less_than_a_millisecond():
+  arrays = {
+      "x": np.zeros((10000, 14, 14, 1), np.float32),
+      "label": np.zeros(10000, np.int32),
+  }
+  iterator = data.make_iterator(
+      arrays, 64, seed=0, augment={"flip": True, "shift": 1}
+  )
+  next(iterator)
+  costs = []
+  for _ in range(200):
+    start = time.process_time()
+    next(iterator)
+    costs.append(time.process_time() - start)
+  assert np.median(costs) < 1e-3
