@@ -631,6 +631,86 @@ def tangent_warmup(
   return r * (1 - p) + final * p
 
 
+def trigflow_coefficients(
+    angle: Float[Array, "*b"],
+) -> tuple[
+    Float[Array, "*b"],
+    Float[Array, "*b"],
+    Float[Array, "*b"],
+    Float[Array, "*b"],
+]:
+  """(c_skip, c_out, c_in, t) that read a straight-path network on TrigFlow.
+
+  At equal signal-to-noise ratio, with s = sin(angle) + cos(angle): the straight
+  path's state is c_in x, c_in = 1/s, its time t = sin(angle)/s, and
+  x0 = c_skip x + c_out velocity(c_in x, t) with c_skip = 1/s and
+  c_out = -sin(angle)/s. Data of standard deviation 1 (sigma_data = 1).
+
+  Args:
+    angle: radians, in [0, pi/2]. Any shape.
+
+  Returns:
+    The four, of the shape of angle, at least float32; none is singular.
+
+  Raises:
+    TypeError: an angle that is not floating; in debug mode ValueError for one
+      outside [0, pi/2].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> [float(c[0]) for c in trigflow_coefficients(jnp.zeros(1))]
+    [1.0, -0.0, 1.0, 0.0]
+
+  References:
+    rCM, 2025, arXiv:2510.08431, from its official code.
+  """
+  fn = "trigflow_coefficients"
+  _checks.floating(fn, angle=angle)
+  _checks.in_range(fn, "angle", angle, 0.0, np.pi / 2 + 1e-6)
+  angle = _checks.at_least_float32(angle)
+  sin = jnp.sin(angle)
+  scale = 1 / (sin + jnp.cos(angle))
+  return scale, -sin * scale, scale, sin * scale
+
+
+def make_trigflow_network(velocity_fn: DenoiseFn) -> DenoiseFn:
+  """A straight-path velocity network as TrigFlow's F, with sigma_data = 1.
+
+  F(x, angle) = ((cos - sin) x + velocity_fn(c_in x, t)) / (cos + sin), which is
+  (cos x - x0)/sin without the division by sin: exact down to angle 0. See
+  `trigflow_coefficients`. Differentiable in both modes.
+
+  Args:
+    velocity_fn: (x, t) -> velocity of the straight path, t in [0, 1].
+
+  Returns:
+    (x, angle) -> F, for `trigflow_tangent(sigma_data=1.0)` and `rcm_tangent`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> network = make_trigflow_network(lambda x, t: 2.0 * x)
+    >>> network(jnp.ones((1, 1)), jnp.zeros(1)).tolist()  # x + 2 x
+    [[3.0]]
+
+  References:
+    Lu and Song, 2024, arXiv:2410.11081, appendix B; rCM, 2025,
+    arXiv:2510.08431.
+  """
+  fn = "make_trigflow_network"
+
+  def network(x, angle):
+    _checks.per_row(fn, "x", x, angle=angle)
+    angle = _checks.at_least_float32(angle)
+    wide_x = _checks.at_least_float32(x)
+    c_skip, _, c_in, t = trigflow_coefficients(angle)
+    state = (_wide(c_in, wide_x) * wide_x).astype(x.dtype)
+    v = _call(fn, "velocity_fn(x, t)", velocity_fn, state, t)
+    turn = jnp.cos(angle) - jnp.sin(angle)
+    return _wide(c_skip, v) * (_wide(turn, v) * wide_x.astype(v.dtype) + v)
+
+  return network
+
+
 def _trig_derivative(
     fn: str,
     network_fn: DenoiseFn,

@@ -1334,6 +1334,8 @@ def velocity_distillation_direction(
     v: Float[Array, "b *s"],
     t: Float[Array, "b"],
     *,
+    kind: Literal["velocity", "transport"] = "velocity",
+    end: Float[Array, "b"] | None = None,
     derivative: Derivative = "backward",
     step: float = 1e-2,
     clamp: bool = True,
@@ -1354,7 +1356,9 @@ def velocity_distillation_direction(
     x_t: its samples, noised to time t. Shape [b, *s].
     v: the teacher's velocity at x_t. Shape [b, *s].
     t: times, in [0, 1]. Shape [b].
-    derivative: as in `velocity_matching_target`, like everything below.
+    kind: as in `velocity_matching_target`, like everything below.
+    end: where a map of "transport" ends. Shape [b].
+    derivative: how the derivative is taken.
     step: distance of the difference quotient.
     clamp: keep the difference inside [0, 1].
     norm: normalisation of the derivative. Without one this direction diverged
@@ -1382,6 +1386,8 @@ def velocity_distillation_direction(
       x_t,
       v,
       t,
+      kind=kind,
+      end=end,
       derivative=derivative,
       step=step,
       clamp=clamp,

@@ -149,7 +149,10 @@ def reproduce(golden):
   arrays = golden.inputs("", names + "|cont_uniform|cont_normal")
   arrays.pop("mask")  # all ones
   groups = {
-      k: tuple((m.group(0)[:-5], *m.groups()) for m in golden.match(p + "_loss"))
+      k: tuple(
+          (m.group(0)[: -len("_loss")], *m.groups())
+          for m in golden.match(p + "_loss")
+      )
       for k, p in (("cm", _CM), ("pd", _PD), ("cont", _CONT))
   }
   values = _all(
