@@ -32,8 +32,8 @@ class Hook:
   def on_start(self, moment: Moment) -> None:
     """Before the first step of a stage (in this process)."""
 
-  def on_step(self, moment: Moment) -> None:
-    """After every step."""
+  def on_step(self, moment: Moment) -> Mapping[str, float] | None:
+    """After every step; what is returned goes into metrics.jsonl."""
 
   def on_log(self, moment: Moment) -> None:
     """After every step at which metrics were written."""
@@ -113,12 +113,18 @@ class Progress(Hook):
 
 
 class Every(Hook):
-  """Calls `fn(moment)` every `steps` steps: evaluation, samples, anything."""
+  """Calls `fn(moment)` every `steps` steps: evaluation, samples, anything.
 
-  def __init__(self, steps: int, fn: Callable[[Moment], None]):
+  What `fn` returns, if anything, is written to metrics.jsonl.
+  """
+
+  def __init__(
+      self, steps: int, fn: Callable[[Moment], Mapping[str, float] | None]
+  ):
     self._steps = steps
     self._fn = fn
 
-  def on_step(self, moment: Moment) -> None:
-    if moment.step % self._steps == 0:
-      self._fn(moment)
+  def on_step(self, moment: Moment) -> Mapping[str, float] | None:
+    if moment.step % self._steps:
+      return None
+    return self._fn(moment)

@@ -304,7 +304,8 @@ class _Runner:
             hook.on_log(moment(values))
           self._guard(max_skips)
         for hook in hooks:
-          hook.on_step(moment())
+          if found := hook.on_step(moment()):
+            lines.write(stage.name, self.step_number, found)
         if self.step_number % checkpoint_every == 0 or last:
           self.save()
         if stop.received is not None and not last:

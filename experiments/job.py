@@ -1,0 +1,451 @@
+"""From a config to stages, from final parameters to scores and a report."""
+
+import importlib.metadata
+import inspect
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distilljax import methods, models, processes, train
+from distilljax.train import config as config_lib
+from distilljax.train import report
+from distilljax.train.hooks import Every
+from experiments import images, plane
+
+PATHS = {
+    "rectified_flow": processes.RectifiedFlow,
+    "edm": processes.EDM,
+    "trigflow": processes.TrigFlow,
+}
+STAGE_KEYS = (
+    "method", "hyper", "ema_warmup", "networks", "data", "steps", "batch_size",
+    "optimizers", "accumulation",
+)
+NETWORK_KEYS = ("start", "second_time", "head_width", "correction", "model")
+TOP_KEYS = ("seed", "title", "data", "model", "stages", "run", "evaluation")
+
+
+class Job(NamedTuple):
+  """A config made concrete.
+
+  Attributes:
+    config: the locked config.
+    problem: data, scores, pictures.
+    stages: what is trained, in order.
+  """
+
+  config: Any
+  problem: Any
+  stages: list[train.Stage]
+
+
+def build(config: Any, log: Callable[[str], None] = print) -> Job:
+  """Checks a config and makes its stages; nothing is trained.
+
+  Raises:
+    ValueError: one line for the first thing that cannot be.
+  """
+  config_lib.known("", config, (*TOP_KEYS, *config.stages))
+  name = config.data.name
+  problem_class = (
+      plane.PlaneProblem if name in plane.MIXTURES else images.ImageProblem
+  )
+  problem = problem_class(config.data, config.evaluation, log)
+  stages = []
+  for stage_name in config.stages:
+    if stage_name not in config:
+      raise ValueError(f"config: stage {stage_name!r} has no block of that name")
+    earlier = [s.name for s in stages]
+    stages.append(_stage(config, problem, stage_name, earlier))
+  return Job(config, problem, stages)
+
+
+def _network(config, problem, spec, prediction) -> Callable[[Any], Any]:
+  """key -> Network of one entry of a stage's `networks`."""
+
+  def make(key):
+    if spec["start"] == "exact" and not spec.get("correction"):
+      return problem.exact(prediction)
+    block = {**config.model.to_dict(), **spec.get("model", {})}
+    hyper = {**problem.model(block), **block}
+    kind = hyper.pop("kind")
+    if spec.get("second_time"):
+      hyper["second_time"] = True
+    network = models.make(kind, train.named_key(key, "network"), **hyper)
+    if spec.get("correction"):
+      exact = problem.exact(prediction)
+      inner = network.apply_fn
+      network = models.from_callable(
+          lambda p, x, t, **c: exact.apply_fn({}, x, t) + inner(p, x, t, **c),
+          network.params,
+      )
+    if spec.get("head_width"):
+      head = models.make(
+          "head",
+          train.named_key(key, "head"),
+          features=models.feature_dim(network, problem.sample_shape),
+          width=spec["head_width"],
+      )
+      network = models.with_head(network, head)
+    return network
+
+  return make
+
+
+def _apply_fn(make: Callable[[Any], Any]) -> Callable[..., Any]:
+  """The network's function, without making its parameters."""
+  box = []
+
+  def trace(key):
+    box.append(make(key))
+    return box[-1].params
+
+  jax.eval_shape(trace, jax.random.key(0))
+  return box[-1].apply_fn
+
+
+def _hyper(block, problem, stage_name) -> dict[str, Any]:
+  """The method's hyper-parameters, with names turned into objects."""
+  module = methods.get(block.method)
+  hyper = block.hyper.to_dict()
+  config_lib.known(f"{stage_name}.hyper", hyper, module.DEFAULTS)
+  if "path" in hyper:
+    if hyper["path"] not in PATHS:
+      raise ValueError(
+          f"config: {stage_name}.hyper.path must be one of {sorted(PATHS)}, got"
+          f" {hyper['path']!r}"
+      )
+    hyper["path"] = PATHS[hyper["path"]]()
+  if "null_label" in module.DEFAULTS and "null_label" not in hyper:
+    hyper["null_label"] = problem.null_label
+  if block.get("ema_warmup") and "ema_decay" in hyper:
+    hyper["ema_decay"] = train.ema_decay(hyper["ema_decay"])
+  return hyper
+
+
+def _stage(config, problem, name, earlier) -> train.Stage:
+  block = config[name]
+  config_lib.known(name, block, STAGE_KEYS)
+  specs = {k: v.to_dict() for k, v in block.networks.items()}
+  for network, spec in specs.items():
+    config_lib.known(f"{name}.networks.{network}", spec, NETWORK_KEYS)
+    starts = ["scratch", "exact", *earlier]
+    if spec.get("start") not in starts:
+      raise ValueError(
+          f"config: {name}.networks.{network}.start must be one of {starts}, got"
+          f" {spec.get('start')!r}"
+      )
+  hyper = _hyper(block, problem, name)
+  prediction = hyper.get("prediction", "velocity")
+  makers = {k: _network(config, problem, s, prediction) for k, s in specs.items()}
+  method = methods.get(block.method).make(
+      {k: _apply_fn(m) for k, m in makers.items()}, **hyper
+  )
+
+  def init(key, results):
+    params = {}
+    for network, spec in specs.items():
+      made = makers[network](train.named_key(key, network))
+      if spec["start"] in ("scratch", "exact"):
+        params[network] = made.params
+      else:
+        source = results[spec["start"]]
+        params[network] = models.transfer(
+            source.get("ema", source.get("student")), made.params
+        )
+    return params
+
+  cycle = method.schedule.cycle
+  optimizers = {}
+  for network in method.named(train.Trained):
+    if network not in block.optimizers:
+      raise ValueError(f"config: {name}.optimizers has no entry for {network!r}")
+    share = sum(network in entry for entry in cycle) / len(cycle)
+    values = block.optimizers[network].to_dict()
+    allowed = inspect.signature(train.make_optimizer).parameters
+    config_lib.known(f"{name}.optimizers.{network}", values, allowed)
+    optimizers[network] = train.make_optimizer(
+        **{"steps": max(1, round(block.steps * share)), **values}
+    )
+  batch_size = block.get("batch_size") or config.data.batch_size
+  devices = jax.device_count()
+  if batch_size % devices:
+    raise ValueError(
+        f"config: {name}: batch size must be divisible by {devices} devices,"
+        f" got {batch_size}; nearest: {max(1, round(batch_size / devices)) * devices}"
+    )
+  return train.Stage(
+      name=name,
+      method=method,
+      optimizers=optimizers,
+      data=problem.batches(
+          batch_size, config.seed, block.get("data") or "samples"
+      ),
+      steps=block.steps,
+      init=init,
+      options={"accumulation": block.get("accumulation") or 1},
+  )
+
+
+def sample(
+    method: train.Method,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    steps: int,
+    batch: int,
+) -> np.ndarray:
+  """Samples for all inputs, `batch` at a time."""
+  n = len(inputs["noise"])
+  key = jax.random.key(0, impl="threefry2x32")
+  out = []
+  for i in range(0, n, batch):
+    part = {k: v[i : i + batch] for k, v in inputs.items()}
+    made = method.sample(params, part, jax.random.fold_in(key, i), steps=steps)
+    out.append(np.asarray(made))
+  return np.concatenate(out)
+
+
+class _Watch:
+  """During training: the headline score and a strip of samples, from the EMA."""
+
+  def __init__(self, job, stage, workdir):
+    self.job, self.stage = job, stage
+    self.headline = job.problem.headline
+    evaluation = job.config.evaluation
+    self.steps = _steps_of(job, stage.name)[0]
+    self.inputs = job.problem.inputs(
+        evaluation.watch_n, jax.random.key(evaluation.noise_seed)
+    )
+    self.batch = evaluation.batch
+    self.folder = workdir / "samples"
+
+  def __call__(self, moment):
+    if moment.stage.name != self.stage.name:
+      return None
+    params = {**moment.frozen, **moment.state.params}
+    x = sample(
+        self.stage.method, params, self.inputs, steps=self.steps,
+        batch=self.batch,
+    )
+    self.folder.mkdir(exist_ok=True)
+    np.save(self.folder / f"{self.stage.name}_{moment.step:07d}.npy", x[:40])
+    score = self.job.problem.score(x, self.inputs)[self.headline]
+    return {f"eval/{self.headline}_{self.steps}_steps": score}
+
+
+def _steps_of(job: Job, stage: str) -> tuple[int, ...]:
+  evaluation = job.config.evaluation
+  if stage == "teacher":
+    return tuple(evaluation.teacher_steps)
+  return tuple(evaluation.student_steps)
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a result depends on."""
+  names = ("distilljax", "jax", "jaxlib", "flax", "optax", "numpy")
+  return {
+      "python": platform.python_version(),
+      **{n: importlib.metadata.version(n) for n in names},
+  }
+
+
+def train_and_evaluate(
+    config: Any,
+    workdir: str | os.PathLike,
+    *,
+    command: str = "",
+    log: Callable[[str], None] = print,
+    hooks: Sequence[train.Hook] = (),
+) -> dict[str, Any]:
+  """Runs a config: trains its stages, scores them, writes the report.
+
+  Writes config.json, metrics.jsonl, checkpoints/, samples/, summary.json and
+  report.html into `workdir`; called again it resumes, or returns the summary
+  of the finished run.
+
+  Args:
+    config: a config of `configs/`.
+    workdir: folder of the run.
+    command: the shell command, for the report.
+    log: gets one line for everything a person should know.
+    hooks: further hooks of the training loop.
+
+  Returns:
+    The content of summary.json.
+
+  Raises:
+    ValueError: a config or folder that cannot be used, one line.
+    train.Interrupted: after SIGINT or SIGTERM during training; saved.
+  """
+  workdir = pathlib.Path(workdir)
+  job = build(config, log)
+  config_lib.claim_workdir(workdir, config)
+  if (workdir / "summary.json").exists():
+    log(f"finished before: nothing to train. Report: {workdir / 'report.html'}")
+    return json.loads((workdir / "summary.json").read_text())
+  headline = job.problem.headline
+  evaluation = config.evaluation
+  watches = [
+      Every(max(1, stage.steps // evaluation.watches), watch)
+      for stage in job.stages
+      if evaluation.watches
+      for watch in [_Watch(job, stage, workdir)]
+  ]
+  before = _now()
+  if evaluation.watches:
+    job.problem.facts()  # the classifier, before the bars begin
+  judged = _since(before)
+  result = train.run(
+      job.stages,
+      workdir,
+      seed=config.seed,
+      log_every=config.run.log_every,
+      checkpoint_every=config.run.checkpoint_every,
+      keep=config.run.keep,
+      max_skips_in_a_row=config.run.max_skips_in_a_row,
+      hooks=[train.Progress(), *watches, *hooks],
+      log=log,
+  )
+  before = _now()
+  scores, rows = _evaluate(job, result, log)
+  final = job.stages[-1]
+  summary = {
+      "config_title": config.title,
+      "scores": scores,
+      "floors": job.problem.floors(),
+      "params_sha256": train.params_sha256(
+          result.params[final.name]["student"]
+      ),
+      "versions": versions(),
+      "seed": config.seed,
+      "skipped": result.skipped,
+      "devices": jax.device_count(),
+      **job.problem.facts(),
+  }
+  spent = {"judge": judged, "evaluation": _since(before)}
+  for i, field in enumerate(("seconds", "cpu_seconds")):
+    summary[field] = {
+        **getattr(result, field), **{k: v[i] for k, v in spent.items()}
+    }
+  summary["compile_seconds"] = result.compile_seconds
+  summary["parameters"] = {
+      f"{stage.name}/{network}": models.count_params(params)
+      for stage in job.stages
+      for network, params in result.params[stage.name].items()
+  }
+  page = report.write_report(
+      workdir,
+      title=config.title,
+      lead=_lead(job, summary, headline),
+      summary={**summary, "config": config.to_dict()},
+      figures=_figures(job, workdir, rows, headline),
+      command=command,
+  )
+  report.write_atomically(
+      workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
+  )
+  log(f"{_reached(summary, headline)} Report: {page}")
+  return summary
+
+
+def _now() -> tuple[float, float]:
+  return time.monotonic(), time.process_time()
+
+
+def _since(before: tuple[float, float]) -> tuple[float, float]:
+  return tuple(b - a for a, b in zip(before, _now()))
+
+
+def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:
+  """Scores of every model and number of steps, and samples for the pictures."""
+  evaluation = job.config.evaluation
+  inputs = job.problem.inputs(
+      evaluation.n, jax.random.key(evaluation.noise_seed)
+  )
+  scores, rows = [], [job.problem.real()]
+  shown = [(s.name, s.method, result.params[s.name]) for s in job.stages]
+  exact = job.problem.exact(prediction="velocity")
+  if "teacher" not in job.config.stages and exact is not None:
+    teacher = methods.get("flow_matching").make({"student": exact.apply_fn})
+    shown.insert(0, ("teacher", teacher, {"ema": {}}))
+  for name, method, params in shown:
+    if name not in ("teacher", job.stages[-1].name):
+      continue  # a warm-up is a means
+    model = "teacher" if name == "teacher" else "student"
+    if len(shown) == 1:
+      model = "student"
+    for steps in _steps_of(job, name):
+      x = sample(method, params, inputs, steps=steps, batch=evaluation.batch)
+      words = f"{model}, {steps} step{'s' if steps > 1 else ''}"
+      log(f"scoring {words}")
+      rows.append((words, x[:2000]))
+      for metric, value in job.problem.score(x, inputs).items():
+        scores.append({
+            "model": model, "steps": steps, "metric": metric,
+            "value": value, "n": len(x),
+        })
+  return scores, rows
+
+
+def _get(rows, metric, model=None, steps=None) -> float | None:
+  for row in rows:
+    if row["metric"] == metric and model in (None, row["model"]):
+      if steps in (None, row["steps"]):
+        return row["value"]
+  return None
+
+
+def _reached(summary, headline) -> str:
+  parts = []
+  for row in summary["scores"]:
+    if row["metric"] == headline:
+      plural = "s" if row["steps"] > 1 else ""
+      parts.append(
+          f"{row['model']} at {row['steps']} step{plural} {row['value']:.3g}"
+      )
+  floor = _get(summary["floors"], headline)
+  return f"reached {headline}: {', '.join(parts)} (floor {floor:.2g})."
+
+
+def _lead(job: Job, summary, headline) -> str:
+  stages = ", then ".join(
+      f"{s.name} by {s.method.name} ({s.method.paper}), {s.steps} steps"
+      for s in job.stages
+  )
+  wall = sum(summary["seconds"].values())
+  return (
+      f"Trained on {job.config.data.name}: {stages}; seed {summary['seed']}, one"
+      f" run, {wall:.0f} s in all on {summary['devices']} device(s)."
+      f" {_reached(summary, headline)[0].upper()}"
+      f"{_reached(summary, headline)[1:]}"
+      f" Scores use n = {job.config.evaluation.n} samples from the final"
+      " averaged weights; one seed says nothing about the spread over seeds."
+  )
+
+
+def _figures(job: Job, workdir: pathlib.Path, rows, headline):
+  figures = list(job.problem.picture(rows))
+  for stage in job.stages:
+    files = sorted((workdir / "samples").glob(f"{stage.name}_*.npy"))
+    if len(files) > 1:
+      steps = _steps_of(job, stage.name)[0]
+      strip = [
+          (f"step {int(f.stem.rsplit('_', 1)[1])}", np.load(f)) for f in files
+      ]
+      figures += job.problem.picture(
+          strip,
+          title=f"{stage.name} while it trains",
+          caption=(
+              f"Samples at {steps} step(s) from the same latents through the"
+              " training of the stage."
+          ),
+      )
+  return figures
