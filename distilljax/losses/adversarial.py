@@ -87,8 +87,8 @@ def gan_generator_loss(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> gan_generator_loss(jnp.array([[0.0], [2.0]]), kind="hinge").tolist()
-    [-0.0, -2.0]
+    >>> gan_generator_loss(jnp.array([[1.0], [2.0]]), kind="hinge").tolist()
+    [-1.0, -2.0]
 
   References:
     Yin et al., Improved Distribution Matching Distillation, 2024,

@@ -694,7 +694,8 @@ def f_divergence_weight(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> f_divergence_weight(jnp.array([1.0, 3.0]), kind="kl").round(3).tolist()
+    >>> weight = f_divergence_weight(jnp.array([1.0, 3.0]), kind="kl")
+    >>> [round(w, 3) for w in weight.tolist()]
     [0.5, 1.5]
 
   References:
@@ -809,6 +810,7 @@ def decoupled_dmd_loss(
   """
   fn = "decoupled_dmd_loss"
   _checks.one_of(fn, "normalizer", normalizer, ("separate", "shared"))
+  _checks.one_of(fn, "elements", elements, _ELEMENTS)
   _checks.in_range(fn, "eps", eps, 0.0)
   _checks.finite(fn, guidance=guidance)
   x, dm_cond, dm_fake, ca_cond, ca_uncond = _arrays(
@@ -1004,7 +1006,8 @@ def group_normalize(
   Example:
     >>> import jax.numpy as jnp
     >>> rewards, ids = jnp.array([1.0, 3.0, 5.0]), jnp.array([0, 0, 1])
-    >>> group_normalize(rewards, ids, center=True).round(3).tolist()
+    >>> out = group_normalize(rewards, ids, center=True)
+    >>> [round(a, 3) for a in out.tolist()]
     [-1.0, 1.0, 0.0]
 
   References:

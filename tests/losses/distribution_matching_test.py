@@ -357,8 +357,11 @@ class TestDenoisingWeight:
         losses.denoising_weight(sigma, kind="inverse", maximum=3.0),
         np.minimum(exact**-2, 3.0),
     )
-    close(losses.denoising_weight(sigma, 1 - sigma, kind="alpha"),
-          (1 - exact) ** 2)
+    close(losses.denoising_weight(0.5, kind="inverse"), 4.0)
+    close(
+        losses.denoising_weight(sigma, 1 - sigma, kind="alpha"),
+        (1 - exact) ** 2,
+    )
 
   def test_is_frozen_and_wide(self):
     grads = jax.grad(
@@ -813,6 +816,8 @@ class TestDecoupled:
     fn, args = losses.decoupled_dmd_loss, (x, cond, fake, ca_cond)
     with helpers.one_line_error(r"ca_uncond_x0 must be \[3, 2, 4\] like x"):
       fn(*args, ca_uncond[:1], guidance=2.0)
+    with helpers.one_line_error("decoupled_dmd_loss: elements must be one"):
+      fn(*args, ca_uncond, guidance=2.0, elements="all")
     with helpers.one_line_error("normalizer must be one of.*mean 'shared'"):
       fn(*args, ca_uncond, guidance=2.0, normalizer="share")
     with helpers.one_line_error("eps must be in"):
@@ -948,6 +953,9 @@ class TestSubinterval:
     assert not any(np.any(g) for g in grads)
     half = [a.astype(jnp.bfloat16) for a in jnps(X, NOISE)]
     at = straight(self.S), straight(self.T)
+    narrow = [straight(u.astype(jnp.bfloat16)) for u in jnps(self.S, self.T)]
+    for part in losses.subinterval_coefficients(*narrow):
+      assert part.dtype == jnp.float32
     for fn in (losses.subinterval_velocity_target, losses.subinterval_forward):
       assert fn(*half, *at).dtype == jnp.float32
 
