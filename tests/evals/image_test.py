@@ -193,9 +193,12 @@ class TestNeighbourScores:
 
   def test_defaults_are_those_of_the_papers(self):
     rng = np.random.default_rng(7)
-    s, y = rng.standard_normal((20, 2)) + 1.0, rng.standard_normal((20, 2))
-    expected = _brute_neighbours(s, y, 3, 5)
-    assert evals.neighbour_scores(s, y) == pytest.approx(expected)
+    s, y = rng.standard_normal((40, 2)) + 1.0, rng.standard_normal((40, 2))
+    got = evals.neighbour_scores(s, y)
+    assert got == pytest.approx(_brute_neighbours(s, y, 3, 5))
+    # The data tell the defaults from their neighbours.
+    for k, c in ((2, 5), (4, 5), (3, 4), (3, 6)):
+      assert got != pytest.approx(_brute_neighbours(s, y, k, c))
 
   def test_one_mode_of_two_is_precise_and_not_recalled(self):
     rng = np.random.default_rng(8)
@@ -267,6 +270,14 @@ class TestScoreImages:
     assert first["fcd"] == pytest.approx(
         evals.frechet_distance(images.reshape(20, 4), reference.reshape(50, 4))
     )
+
+  def test_reference_is_clipped_too(self):
+    reference = _images(1, 50, 0.3)
+    kept = evals.image_reference({"x": reference}, _Linear())
+    np.testing.assert_array_equal(
+        kept.features, np.clip(reference, -1, 1).reshape(50, 4)
+    )
+    assert kept.shape == (2, 2, 1)
 
   def test_neighbours_and_kernel_see_equal_numbers(self, monkeypatch):
     seen = {}
