@@ -91,6 +91,7 @@ from distilljax.losses.divergence import (
     temper_log_probs,
     total_variation,
 )
+from distilljax.losses.feature import median_bandwidth, mmd
 from distilljax.losses.flow_map import (
     LossAndError,
     adaptive_loss,
@@ -212,8 +213,10 @@ __all__ = [
     "mean_flow_loss",
     "mean_flow_terms",
     "mean_flow_velocity",
+    "median_bandwidth",
     "merge_chunks",
     "minillm_advantage",
+    "mmd",
     "multistep_consistency_loss",
     "normalize_ratio",
     "normalize_tangent",

@@ -17,17 +17,17 @@ from distilljax.typing import Array
 
 
 def check_number(
-    fn: str,
-    name: str,
-    value: Any,
-    low: float | int | None = None,
-    high: float | int | None = None,
-    **bounds: bool,
+  fn: str,
+  name: str,
+  value: Any,
+  low: float | int | None = None,
+  high: float | int | None = None,
+  **bounds: bool,
 ) -> None:
-  """`value` is a Python number in a range: it decides a branch at trace time."""
+  """`value` is a Python number in a range: it decides a branch."""
   if not _checks.is_number(value):
     _checks.fail(
-        fn, name, "a Python number (it decides a branch)", type(value).__name__
+      fn, name, "a Python number (it decides a branch)", type(value).__name__
     )
   _checks.in_range(fn, name, value, low, high, **bounds)
 
@@ -35,12 +35,12 @@ def check_number(
 def check_temperature(fn: str, temperature: Any) -> None:
   """0 < temperature < inf."""
   _checks.in_range(
-      fn, "temperature", temperature, 0, math.inf, open_low=True, open_high=True
+    fn, "temperature", temperature, 0, math.inf, open_low=True, open_high=True
   )
 
 
 def check_logits(fn: str, **logits: Any) -> None:
-  """Floating [*b, v] with v >= 1; in debug mode no NaN, no +inf, no dead row."""
+  """Floating [*b, v], v >= 1; in debug mode no NaN, no +inf, no dead row."""
   _checks.floating(fn, **logits)
   for name, array in logits.items():
     if array is None:
@@ -49,18 +49,18 @@ def check_logits(fn: str, **logits: Any) -> None:
     if jnp.shape(array)[-1] == 0:
       _checks.fail(fn, name, "[*b, v] with v >= 1", list(jnp.shape(array)))
     _checks.holds(
-        fn,
-        name,
-        array,
-        lambda x: jnp.where(jnp.isnan(x), False, x < jnp.inf),
-        "free of NaN and +inf",
+      fn,
+      name,
+      array,
+      lambda x: jnp.where(jnp.isnan(x), False, x < jnp.inf),
+      "free of NaN and +inf",
     )
     _checks.holds(
-        fn,
-        name,
-        array,
-        lambda x: jnp.any(x > -jnp.inf, axis=-1),
-        "above -inf for at least one token of every row",
+      fn,
+      name,
+      array,
+      lambda x: jnp.any(x > -jnp.inf, axis=-1),
+      "above -inf for at least one token of every row",
     )
 
 
@@ -73,37 +73,37 @@ def trim(fn: str, vocab_size: int | None, **logits: Any) -> list[Any]:
   for name, array in given.items():
     if jnp.shape(array)[:-1] != jnp.shape(given[first])[:-1]:
       _checks.fail(
-          fn,
-          name,
-          f"[*b, v] with *b={list(jnp.shape(given[first])[:-1])} like {first}",
-          list(jnp.shape(array)),
+        fn,
+        name,
+        f"[*b, v] with *b={list(jnp.shape(given[first])[:-1])} like {first}",
+        list(jnp.shape(array)),
       )
   if vocab_size is None:
     if len(set(sizes.values())) > 1:
       words = ", ".join(f"{k} has v={n}" for k, n in sizes.items())
       raise ValueError(
-          f"{fn}: logits must share one vocabulary, got {words}: pass"
-          f" vocab_size={min(sizes.values())} (or the tokenizer's own size) to"
-          " trim the padding columns before the softmax"
+        f"{fn}: logits must share one vocabulary, got {words}: pass"
+        f" vocab_size={min(sizes.values())} (or the tokenizer's own size) to"
+        " trim the padding columns before the softmax"
       )
   else:
     check_number(fn, "vocab_size", vocab_size, 1, min(sizes.values()))
   return [
-      None if a is None else jnp.asarray(a)[..., :vocab_size]
-      for a in logits.values()
+    None if a is None else jnp.asarray(a)[..., :vocab_size]
+    for a in logits.values()
   ]
 
 
 def check_support(
-    fn: str, inner: str, log_inner: Array, outer: str, log_outer: Array
+  fn: str, inner: str, log_inner: Array, outer: str, log_outer: Array
 ) -> None:
-  """Debug mode: no mass of `inner` on tokens that `outer` rules out (KL inf)."""
+  """Debug mode: no mass of `inner` where `outer` has none (KL inf)."""
   _checks.holds(
-      fn,
-      f"{outer}_logits",
-      (log_outer > -jnp.inf) | (log_inner == -jnp.inf),
-      lambda ok: ok,
-      f"above -inf wherever {inner}_logits is",
+    fn,
+    f"{outer}_logits",
+    (log_outer > -jnp.inf) | (log_inner == -jnp.inf),
+    lambda ok: ok,
+    f"above -inf wherever {inner}_logits is",
   )
 
 
@@ -129,9 +129,8 @@ def expectation(log_weights: Array, values: Array) -> Array:
   """
   support = log_weights > -jnp.inf
   return jnp.sum(
-      jnp.where(support, jnp.exp(log_weights), 0)
-      * jnp.where(support, values, 0),
-      axis=-1,
+    jnp.where(support, jnp.exp(log_weights), 0) * jnp.where(support, values, 0),
+    axis=-1,
   )
 
 
@@ -174,9 +173,7 @@ def log1mexp(x: Array) -> Array:
   dead = x >= 0
   small = jnp.where(near & ~dead, x, -1)
   large = jnp.where(near, -1, x)
-  out = jnp.where(
-      near, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large))
-  )
+  out = jnp.where(near, jnp.log(-jnp.expm1(small)), jnp.log1p(-jnp.exp(large)))
   return jnp.where(dead, -jnp.inf, out)
 
 
@@ -206,7 +203,7 @@ def logsumexp(x: Array) -> Array:
   total = jnp.sum(jnp.exp(x - jnp.where(alive, top, 0)), axis=-1)
   alive = alive[..., 0]
   return jnp.where(
-      alive, jnp.log(jnp.where(alive, total, 1)) + top[..., 0], -jnp.inf
+    alive, jnp.log(jnp.where(alive, total, 1)) + top[..., 0], -jnp.inf
   )
 
 

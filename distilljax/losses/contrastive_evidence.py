@@ -31,11 +31,11 @@ def _same_group(fn: str, values: Any, group_ids: Any, name: str) -> Array:
 
 
 def group_advantages(
-    rewards: Float[Array, "b"],
-    group_ids: Int[Array, "b"],
-    *,
-    eps: float | int | Scalar = 1e-6,
-    unbiased: bool = True,
+  rewards: Float[Array, "b"],
+  group_ids: Int[Array, "b"],
+  *,
+  eps: float | int | Scalar = 1e-6,
+  unbiased: bool = True,
 ) -> Float[Array, "b"]:
   """Rewards normalised within the rollouts of one prompt (GRPO).
 
@@ -84,11 +84,11 @@ def group_advantages(
 
 
 def pick_negative(
-    scores: Float[Array, "b"],
-    group_ids: Int[Array, "b"],
-    *,
-    threshold: float | int | Scalar = 0.5,
-    leave_one_out: bool = True,
+  scores: Float[Array, "b"],
+  group_ids: Int[Array, "b"],
+  *,
+  threshold: float | int | Scalar = 0.5,
+  leave_one_out: bool = True,
 ) -> Int[Array, "b"]:
   """Which rollout's answer serves each row as the wrong one: the group's worst.
 
@@ -123,10 +123,10 @@ def pick_negative(
 
 
 def pick_sibling(
-    rewards: Float[Array, "b"],
-    group_ids: Int[Array, "b"],
-    *,
-    threshold: float | int | Scalar = 0.5,
+  rewards: Float[Array, "b"],
+  group_ids: Int[Array, "b"],
+  *,
+  threshold: float | int | Scalar = 0.5,
 ) -> Int[Array, "b"]:
   """The first OTHER rollout of the group that succeeded: SDPO's demonstration.
 
@@ -154,7 +154,7 @@ def pick_sibling(
 
 
 def evidence_mix(
-    step: Any, *, mix: float | int = 0.5, decay_steps: int = 25
+  step: Any, *, mix: float | int = 0.5, decay_steps: int = 25
 ) -> Float[Array, ""]:
   """CEPO's schedule mix * max(0, 1 - step / decay_steps); then it is GRPO.
 
@@ -177,12 +177,12 @@ def evidence_mix(
 
 
 def _reweight(
-    fn: str,
-    advantages: Any,
-    where: Any,
-    mix: Any,
-    clip: Any,
-    **log_probs: Any,
+  fn: str,
+  advantages: Any,
+  where: Any,
+  mix: Any,
+  clip: Any,
+  **log_probs: Any,
 ) -> tuple[Array, Array, list[Any]]:
   """Checked inputs: masked advantages, the mask, and the log-probabilities."""
   _checks.in_range(fn, "mix", mix, 0, 1)
@@ -194,8 +194,8 @@ def _reweight(
   _checks.boolean(fn, where=where)
   where = jnp.asarray(where)
   masked = [
-      None if a is None else jnp.where(where, jax.lax.stop_gradient(a), 0)
-      for a in _log_space.promote(*given.values())
+    None if a is None else jnp.where(where, jax.lax.stop_gradient(a), 0)
+    for a in _log_space.promote(*given.values())
   ]
   for name, array in zip(given, masked):
     _checks.finite(fn, **{name: array})
@@ -212,16 +212,16 @@ def _banded(advantages: Array, delta: Array, mix: Any, clip: Any) -> Array:
 
 
 def contrastive_evidence_advantages(
-    advantages: Float[Array, "b l"],
-    positive_log_probs: Float[Array, "b l"],
-    negative_log_probs: Float[Array, "b l"],
-    where: Bool[Array, "b l"],
-    *,
-    mix: Any = 0.5,
-    clip: float | int | Scalar = 0.2,
-    has_negative: Bool[Array, "b"] | None = None,
-    old_log_probs: Float[Array, "b l"] | None = None,
-    fallback: Literal["rlsd", "grpo"] = "rlsd",
+  advantages: Float[Array, "b l"],
+  positive_log_probs: Float[Array, "b l"],
+  negative_log_probs: Float[Array, "b l"],
+  where: Bool[Array, "b l"],
+  *,
+  mix: Any = 0.5,
+  clip: float | int | Scalar = 0.2,
+  has_negative: Bool[Array, "b"] | None = None,
+  old_log_probs: Float[Array, "b l"] | None = None,
+  fallback: Literal["rlsd", "grpo"] = "rlsd",
 ) -> Float[Array, "b l"]:
   """CEPO: gives each token of a rollout its share of the rollout's advantage.
 
@@ -265,7 +265,7 @@ def contrastive_evidence_advantages(
   _checks.one_of(fn, "fallback", fallback, ("rlsd", "grpo"))
   if has_negative is not None and fallback == "rlsd" and old_log_probs is None:
     _checks.fail(
-        fn, "old_log_probs", "given for has_negative with fallback='rlsd'", None
+      fn, "old_log_probs", "given for has_negative with fallback='rlsd'", None
     )
   if has_negative is not None:
     _checks.boolean(fn, has_negative=has_negative)
@@ -273,14 +273,14 @@ def contrastive_evidence_advantages(
     known = jnp.asarray(has_negative)[:, None]
     negative_log_probs = jnp.where(known, negative_log_probs, 0)
   advantages, _, (positive, negative, old) = _reweight(
-      fn,
-      advantages,
-      where,
-      mix,
-      clip,
-      positive_log_probs=positive_log_probs,
-      negative_log_probs=negative_log_probs,
-      old_log_probs=old_log_probs,
+    fn,
+    advantages,
+    where,
+    mix,
+    clip,
+    positive_log_probs=positive_log_probs,
+    negative_log_probs=negative_log_probs,
+    old_log_probs=old_log_probs,
   )
   delta = positive - negative
   if has_negative is not None:
@@ -290,13 +290,13 @@ def contrastive_evidence_advantages(
 
 
 def self_evidence_advantages(
-    advantages: Float[Array, "b l"],
-    old_log_probs: Float[Array, "b l"],
-    positive_log_probs: Float[Array, "b l"],
-    where: Bool[Array, "b l"],
-    *,
-    mix: Any = 0.5,
-    clip: float | int | Scalar = 0.2,
+  advantages: Float[Array, "b l"],
+  old_log_probs: Float[Array, "b l"],
+  positive_log_probs: Float[Array, "b l"],
+  where: Bool[Array, "b l"],
+  *,
+  mix: Any = 0.5,
+  clip: float | int | Scalar = 0.2,
 ) -> Float[Array, "b l"]:
   """RLSD: as CEPO, with the right answer held against no answer.
 
@@ -323,27 +323,27 @@ def self_evidence_advantages(
     RLSD, 2026, arXiv:2604.03128, as in the code of arXiv:2605.19436.
   """
   advantages, _, (old, positive) = _reweight(
-      "self_evidence_advantages",
-      advantages,
-      where,
-      mix,
-      clip,
-      old_log_probs=old_log_probs,
-      positive_log_probs=positive_log_probs,
+    "self_evidence_advantages",
+    advantages,
+    where,
+    mix,
+    clip,
+    old_log_probs=old_log_probs,
+    positive_log_probs=positive_log_probs,
   )
   return _banded(advantages, positive - old, mix, clip)
 
 
 def self_distillation_loss(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    alpha: float | int = 0.5,
-    top_k: int | None = None,
-    support: Literal["student", "teacher"] = "student",
-    tail: Literal["bucket", "renormalize"] = "bucket",
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  alpha: float | int = 0.5,
+  top_k: int | None = None,
+  support: Literal["student", "teacher"] = "student",
+  tail: Literal["bucket", "renormalize"] = "bucket",
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """On-policy self-distillation per token (OPSD, SDPO, SDFT).
 
@@ -385,12 +385,12 @@ def self_distillation_loss(
   _checks.one_of(fn, "tail", tail, ("bucket", "renormalize"))
   _log_space.check_temperature(fn, temperature)
   student, teacher = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          student_logits=student_logits,
-          teacher_logits=teacher_logits,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      student_logits=student_logits,
+      teacher_logits=teacher_logits,
+    )
   )
   log_q = _log_space.log_probs(student, temperature)
   log_p = _log_space.log_probs(jax.lax.stop_gradient(teacher), temperature)
@@ -406,8 +406,8 @@ def self_distillation_loss(
 
 
 def sampled_reverse_kl(
-    student_log_probs: Float[Array, "*b"],
-    teacher_log_probs: Float[Array, "*b"],
+  student_log_probs: Float[Array, "*b"],
+  teacher_log_probs: Float[Array, "*b"],
 ) -> Float[Array, "*b"]:
   """Sampled-token form: stop_gradient(log s - log t) * log s.
 
@@ -429,8 +429,8 @@ def sampled_reverse_kl(
   """
   fn = "sampled_reverse_kl"
   given = {
-      "student_log_probs": student_log_probs,
-      "teacher_log_probs": teacher_log_probs,
+    "student_log_probs": student_log_probs,
+    "teacher_log_probs": teacher_log_probs,
   }
   _checks.floating(fn, **given)
   _checks.same_shape(fn, **given)
@@ -439,12 +439,12 @@ def sampled_reverse_kl(
 
 
 def reviser_distillation_loss(
-    student_logits: Float[Array, "*b v"],
-    reviser_logits: Float[Array, "*b w"],
-    *,
-    top_k: int | None = 64,
-    tail: Literal["bucket", "renormalize"] = "bucket",
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  reviser_logits: Float[Array, "*b w"],
+  *,
+  top_k: int | None = 64,
+  tail: Literal["bucket", "renormalize"] = "bucket",
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """SD-Zero's second phase: the reviser teaches the generator, per token.
 
@@ -475,30 +475,30 @@ def reviser_distillation_loss(
   fn = "reviser_distillation_loss"
   _checks.one_of(fn, "tail", tail, ("bucket", "renormalize"))
   student, reviser = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          student_logits=student_logits,
-          reviser_logits=reviser_logits,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      student_logits=student_logits,
+      reviser_logits=reviser_logits,
+    )
   )
   if top_k is not None:
     _log_space.check_number(fn, "top_k", top_k, 1)
     # The default of 64 must not refuse a toy vocabulary: k = v is exact.
     top_k = min(top_k, student.shape[-1])
   return self_distillation_loss(
-      student, reviser, alpha=1.0, top_k=top_k, support="student", tail=tail
+    student, reviser, alpha=1.0, top_k=top_k, support="student", tail=tail
   )
 
 
 __all__ = [
-    "contrastive_evidence_advantages",
-    "evidence_mix",
-    "group_advantages",
-    "pick_negative",
-    "pick_sibling",
-    "reviser_distillation_loss",
-    "sampled_reverse_kl",
-    "self_distillation_loss",
-    "self_evidence_advantages",
+  "contrastive_evidence_advantages",
+  "evidence_mix",
+  "group_advantages",
+  "pick_negative",
+  "pick_sibling",
+  "reviser_distillation_loss",
+  "sampled_reverse_kl",
+  "self_distillation_loss",
+  "self_evidence_advantages",
 ]

@@ -21,21 +21,21 @@ from distilljax.losses import _log_space
 from distilljax.typing import Array, Bool, Float, Int, Scalar
 
 Kind = Literal[
-    "binary_ce",
-    "binary_kl",
-    "reverse_binary_kl",
-    "binary_kl_temp_limit",
-    "abs",
-    "abs_exp",
-    "k2",
-    "k3",
-    "renyi",
+  "binary_ce",
+  "binary_kl",
+  "reverse_binary_kl",
+  "binary_kl_temp_limit",
+  "abs",
+  "abs_exp",
+  "k2",
+  "k3",
+  "renyi",
 ]
 _KINDS = Kind.__args__
 
 
 def _segments(
-    fn: str, chunk_ids: Any, num_chunks: int, where: Any
+  fn: str, chunk_ids: Any, num_chunks: int, where: Any
 ) -> tuple[Array, Array]:
   """(rows, columns) of a scatter into [b, c]; column c drops the token."""
   _checks.integer(fn, chunk_ids=chunk_ids)
@@ -43,11 +43,11 @@ def _segments(
   _log_space.check_number(fn, "num_chunks", num_chunks, 1)
   chunk_ids = jnp.asarray(chunk_ids)
   _checks.holds(
-      fn,
-      "chunk_ids",
-      chunk_ids,
-      lambda i: (i >= -1) & (i < num_chunks),
-      f"in [-1, {num_chunks - 1}] (-1: in no chunk)",
+    fn,
+    "chunk_ids",
+    chunk_ids,
+    lambda i: (i >= -1) & (i < num_chunks),
+    f"in [-1, {num_chunks - 1}] (-1: in no chunk)",
   )
   member = (chunk_ids >= 0) & (chunk_ids < num_chunks)
   if where is not None:
@@ -60,16 +60,17 @@ def _segments(
 
 
 def chunk_log_probs(
-    logits: Float[Array, "b l v"],
-    ids: Int[Array, "b l"],
-    chunk_ids: Int[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    num_chunks: int,
+  logits: Float[Array, "b l v"],
+  ids: Int[Array, "b l"],
+  chunk_ids: Int[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  num_chunks: int,
 ) -> Float[Array, "b c"]:
   """Log-likelihood of every chunk: the sum over its tokens.
 
-    log p(chunk) = min(0, sum_{i >= 1 in chunk} log softmax(logits[i-1])[ids[i]])
+    log p(chunk) = min(0, sum over its tokens i >= 1 of
+                          log softmax(logits[i-1])[ids[i]])
 
   Differentiable in the logits; `alm_loss` freezes the teacher's.
 
@@ -98,10 +99,12 @@ def chunk_log_probs(
   v = logits.shape[-1]
   _checks.integer(fn, ids=ids)
   _checks.shape(fn, "ids", ids, logits.shape[:2], "[b, l]", "logits")
-  _checks.shape(fn, "chunk_ids", chunk_ids, logits.shape[:2], "[b, l]", "logits")
+  _checks.shape(
+    fn, "chunk_ids", chunk_ids, logits.shape[:2], "[b, l]", "logits"
+  )
   ids = jnp.asarray(ids)
   _checks.holds(
-      fn, "ids", ids, lambda i: (i >= 0) & (i < v), f"in [0, {v - 1}]"
+    fn, "ids", ids, lambda i: (i >= 0) & (i < v), f"in [0, {v - 1}]"
   )
   rows, columns = _segments(fn, chunk_ids, num_chunks, where)
   log_p = _log_space.log_probs(logits[:, :-1])
@@ -115,10 +118,10 @@ def chunk_log_probs(
 
 
 def chunk_token_counts(
-    chunk_ids: Int[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    num_chunks: int,
+  chunk_ids: Int[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  num_chunks: int,
 ) -> Int[Array, "b c"]:
   """Number of predicted tokens of every chunk: the first of a row never counts.
 
@@ -139,12 +142,12 @@ def chunk_token_counts(
 
 
 def boundary_log_probs(
-    logits: Float[Array, "b l v"],
-    boundary: Bool[Array, "v"],
-    chunk_ids: Int[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    num_chunks: int,
+  logits: Float[Array, "b l v"],
+  boundary: Bool[Array, "v"],
+  chunk_ids: Int[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  num_chunks: int,
 ) -> Float[Array, "b c"]:
   """Log-probability that a word boundary follows each chunk.
 
@@ -176,16 +179,18 @@ def boundary_log_probs(
   (logits,) = _log_space.promote(logits)
   _checks.boolean(fn, boundary=boundary)
   _checks.shape(fn, "boundary", boundary, logits.shape[-1:], "[v]", "logits")
-  _checks.shape(fn, "chunk_ids", chunk_ids, logits.shape[:2], "[b, l]", "logits")
+  _checks.shape(
+    fn, "chunk_ids", chunk_ids, logits.shape[:2], "[b, l]", "logits"
+  )
   rows, columns = _segments(fn, chunk_ids, num_chunks, where)
   b, l, _ = logits.shape
   last = jnp.full((b, num_chunks), -1, jnp.int32)
   last = last.at[rows, columns].max(
-      jnp.arange(l, dtype=jnp.int32)[None, :], mode="drop"
+    jnp.arange(l, dtype=jnp.int32)[None, :], mode="drop"
   )
   log_p = _log_space.log_probs(logits)
   mass = _log_space.logsumexp(
-      jnp.where(jnp.asarray(boundary)[None, None, :], log_p, -jnp.inf)
+    jnp.where(jnp.asarray(boundary)[None, None, :], log_p, -jnp.inf)
   )
   out = jnp.take_along_axis(mass, jnp.maximum(last, 0), axis=1)
   return jnp.where(last >= 0, jnp.minimum(out, 0), 0)
@@ -196,22 +201,22 @@ class MergedChunks(NamedTuple):
 
   student: Array  # log-likelihoods
   teacher: Array
-  student_boundary: Array  # boundary log-probabilities of a group's last chunk
+  student_boundary: Array  # boundary log-probabilities at a group's end
   teacher_boundary: Array
   counts: Array  # tokens per group
   official_counts: Array  # denominator of the official code, see merge_chunks
 
 
 def merge_chunks(
-    student_chunks: Float[Array, "b c"],
-    teacher_chunks: Float[Array, "b c"],
-    student_boundary: Float[Array, "b c"],
-    teacher_boundary: Float[Array, "b c"],
-    counts: Int[Array, "b c"],
-    *,
-    threshold: float | int | Scalar = 0.1,
+  student_chunks: Float[Array, "b c"],
+  teacher_chunks: Float[Array, "b c"],
+  student_boundary: Float[Array, "b c"],
+  teacher_boundary: Float[Array, "b c"],
+  counts: Int[Array, "b c"],
+  *,
+  threshold: float | int | Scalar = 0.1,
 ) -> MergedChunks:
-  """Joins chunks until the teacher expects a word boundary: fewer, longer units.
+  """Joins chunks until the teacher expects a word boundary.
 
   A group is closed after a chunk whose teacher boundary probability exceeds the
   threshold (strictly): chunk c goes to group number(closers before c).
@@ -242,10 +247,10 @@ def merge_chunks(
   _checks.in_range(fn, "threshold", threshold, 0, 1)
   _checks.rank(fn, "student_chunks", student_chunks, 2, "[b, c]")
   given = {
-      "student_chunks": student_chunks,
-      "teacher_chunks": teacher_chunks,
-      "student_boundary": student_boundary,
-      "teacher_boundary": teacher_boundary,
+    "student_chunks": student_chunks,
+    "teacher_chunks": teacher_chunks,
+    "student_boundary": student_boundary,
+    "teacher_boundary": teacher_boundary,
   }
   _checks.floating(fn, **given)
   _checks.integer(fn, counts=counts)
@@ -256,7 +261,7 @@ def merge_chunks(
   counts = jnp.asarray(counts)
   b, c = student.shape
   filled = counts > 0
-  closer = filled & (jnp.exp(teacher_w) > threshold)
+  closer = jnp.exp(teacher_w) > threshold
   group = jnp.cumsum(closer, axis=1, dtype=jnp.int32) - closer.astype(jnp.int32)
   rows = jnp.arange(b)[:, None]
 
@@ -266,7 +271,7 @@ def merge_chunks(
   slots = jnp.where(filled, group, c)
   last = jnp.full((b, c), -1, jnp.int32)
   last = last.at[rows, slots].max(
-      jnp.arange(c, dtype=jnp.int32)[None, :], mode="drop"
+    jnp.arange(c, dtype=jnp.int32)[None, :], mode="drop"
   )
 
   def at_last(values):
@@ -275,24 +280,24 @@ def merge_chunks(
 
   merged = add(counts)
   return MergedChunks(
-      student=add(jnp.where(filled, student, 0)),
-      teacher=add(jnp.where(filled, teacher, 0)),
-      student_boundary=at_last(student_w),
-      teacher_boundary=at_last(teacher_w),
-      counts=merged,
-      official_counts=add(merged),
+    student=add(jnp.where(filled, student, 0)),
+    teacher=add(jnp.where(filled, teacher, 0)),
+    student_boundary=at_last(student_w),
+    teacher_boundary=at_last(teacher_w),
+    counts=merged,
+    official_counts=add(jnp.where(filled, merged, 0)),
   )
 
 
 def alm_loss(
-    student_chunks: Float[Array, "b c"],
-    teacher_chunks: Float[Array, "b c"],
-    where: Bool[Array, "b c"] | None = None,
-    *,
-    kind: Kind = "binary_ce",
-    temperature: float | int = 100.0,
-    eps: float | int | Scalar = 1e-6,
-    alpha: float | int = 0.5,
+  student_chunks: Float[Array, "b c"],
+  teacher_chunks: Float[Array, "b c"],
+  where: Bool[Array, "b c"] | None = None,
+  *,
+  kind: Kind = "binary_ce",
+  temperature: float | int | Scalar = 100.0,
+  eps: float | int | Scalar = 1e-6,
+  alpha: float | int = 0.5,
 ) -> Float[Array, "b c"]:
   """Divergence between the chunk likelihoods of both models, per chunk.
 
@@ -302,8 +307,8 @@ def alm_loss(
     binary_ce             -[exp(a') b' + (1 - exp(a')) log(1 - exp(b'))]
     binary_kl             the same minus the teacher's entropy (ours)
     reverse_binary_kl     KL(Bern(b') || Bern(a'))
-    binary_kl_temp_limit  lim temperature * KL(Bern(a')||Bern(b')) as temperature
-                          -> inf: y - x + x log(x/y), x = -a, y = -b
+    binary_kl_temp_limit  limit of temperature * binary_kl at temperature
+                          inf: y - x + x log(x/y), x = -a, y = -b
     abs                   |a - b|
     abs_exp               |exp(a') - exp(b')|
     k2, k3                r^2 / 2, exp(r) - 1 - r with r = (a - b) / temperature
@@ -338,17 +343,17 @@ def alm_loss(
   _log_space.check_temperature(fn, temperature)
   _checks.in_range(fn, "eps", eps, 0)
   _log_space.check_number(
-      fn, "alpha", alpha, 0, 1, open_low=True, open_high=True
+    fn, "alpha", alpha, 0, 1, open_low=True, open_high=True
   )
   _checks.rank(fn, "student_chunks", student_chunks, 2, "[b, c]")
   _checks.floating(
-      fn, student_chunks=student_chunks, teacher_chunks=teacher_chunks
+    fn, student_chunks=student_chunks, teacher_chunks=teacher_chunks
   )
   _checks.same_shape(
-      fn,
-      student_chunks=student_chunks,
-      teacher_chunks=teacher_chunks,
-      where=where,
+    fn,
+    student_chunks=student_chunks,
+    teacher_chunks=teacher_chunks,
+    where=where,
   )
   b, a = _log_space.promote(student_chunks, teacher_chunks)
   _checks.boolean(fn, where=where)
@@ -365,17 +370,17 @@ def alm_loss(
     else:
       weight, first, second = a_soft, a_soft, b_soft
     value = -jnp.exp(weight) * second + (
-        jnp.expm1(weight) * _log_space.log1mexp(second)
+      jnp.expm1(weight) * _log_space.log1mexp(second)
     )
     if kind != "binary_ce":
       value += jnp.exp(weight) * first - (
-          jnp.expm1(weight) * _log_space.log1mexp(first)
+        jnp.expm1(weight) * _log_space.log1mexp(first)
       )
   elif kind == "binary_kl_temp_limit":
     x, y = eps - a, eps - b
     positive = x > 0
-    value = y - x + jnp.where(
-        positive, x * jnp.log(jnp.where(positive, x / y, 1)), 0
+    value = (
+      y - x + jnp.where(positive, x * jnp.log(jnp.where(positive, x / y, 1)), 0)
     )
   elif kind == "abs":
     value = jnp.abs(a - b)
@@ -383,8 +388,8 @@ def alm_loss(
     value = jnp.abs(jnp.exp(a_soft) - jnp.exp(b_soft))
   elif kind == "renyi":
     both = jnp.exp(alpha * (a - eps) + (1 - alpha) * (b - eps)) + jnp.exp(
-        alpha * _log_space.log1mexp(a - eps)
-        + (1 - alpha) * _log_space.log1mexp(b - eps)
+      alpha * _log_space.log1mexp(a - eps)
+      + (1 - alpha) * _log_space.log1mexp(b - eps)
     )
     value = jnp.log(both) / (alpha - 1)
   else:
@@ -394,10 +399,10 @@ def alm_loss(
 
 
 def uld_loss(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    temperature: Any = 1.0,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  temperature: Any = 1.0,
 ) -> Float[Array, "*b"]:
   """Universal logit distillation: L1 between sorted probabilities.
 
@@ -424,15 +429,15 @@ def uld_loss(
   fn = "uld_loss"
   _log_space.check_temperature(fn, temperature)
   _log_space.check_logits(
-      fn, student_logits=student_logits, teacher_logits=teacher_logits
+    fn, student_logits=student_logits, teacher_logits=teacher_logits
   )
   if jnp.shape(student_logits)[:-1] != jnp.shape(teacher_logits)[:-1]:
     _checks.fail(
-        fn,
-        "teacher_logits",
-        f"[*b, w] with *b={list(jnp.shape(student_logits)[:-1])} like"
-        " student_logits",
-        list(jnp.shape(teacher_logits)),
+      fn,
+      "teacher_logits",
+      f"[*b, w] with *b={list(jnp.shape(student_logits)[:-1])} like"
+      " student_logits",
+      list(jnp.shape(teacher_logits)),
     )
   student, teacher = _log_space.promote(student_logits, teacher_logits)
   size = max(student.shape[-1], teacher.shape[-1])
@@ -448,11 +453,11 @@ def uld_loss(
 
 
 __all__ = [
-    "MergedChunks",
-    "alm_loss",
-    "boundary_log_probs",
-    "chunk_log_probs",
-    "chunk_token_counts",
-    "merge_chunks",
-    "uld_loss",
+  "MergedChunks",
+  "alm_loss",
+  "boundary_log_probs",
+  "chunk_log_probs",
+  "chunk_token_counts",
+  "merge_chunks",
+  "uld_loss",
 ]

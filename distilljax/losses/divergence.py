@@ -32,21 +32,21 @@ Tail = Literal["bucket", "renormalize", "drop"]
 
 
 def _pair(
-    fn: str,
-    student_logits: Any,
-    teacher_logits: Any,
-    temperature: Any,
-    vocab_size: int | None,
+  fn: str,
+  student_logits: Any,
+  teacher_logits: Any,
+  temperature: Any,
+  vocab_size: int | None,
 ) -> tuple[Array, Array]:
   """(log q, log p), the teacher frozen, after all checks."""
   _log_space.check_temperature(fn, temperature)
   student, teacher = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          student_logits=student_logits,
-          teacher_logits=teacher_logits,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      student_logits=student_logits,
+      teacher_logits=teacher_logits,
+    )
   )
   log_q = _log_space.log_probs(student, temperature)
   log_p = _log_space.log_probs(jax.lax.stop_gradient(teacher), temperature)
@@ -54,10 +54,10 @@ def _pair(
 
 
 def entropy(
-    logits: Float[Array, "*b v"],
-    *,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  logits: Float[Array, "*b v"],
+  *,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Entropy of softmax(logits / temperature), H = -sum_v p log p.
 
@@ -83,18 +83,18 @@ def entropy(
   """
   _log_space.check_temperature("entropy", temperature)
   (logits,) = _log_space.promote(
-      *_log_space.trim("entropy", vocab_size, logits=logits)
+    *_log_space.trim("entropy", vocab_size, logits=logits)
   )
   log_p = _log_space.log_probs(logits, temperature)
   return -_log_space.expectation(log_p, log_p)
 
 
 def forward_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Forward KL divergence, KL(teacher||student) = sum_v p (log p - log q).
 
@@ -127,18 +127,18 @@ def forward_kl(
     arXiv:1503.02531, sec. 2, without the factor temperature^2.
   """
   log_q, log_p = _pair(
-      "forward_kl", student_logits, teacher_logits, temperature, vocab_size
+    "forward_kl", student_logits, teacher_logits, temperature, vocab_size
   )
   _log_space.check_support("forward_kl", "teacher", log_p, "student", log_q)
   return _log_space.kl(log_p, log_q)
 
 
 def reverse_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Reverse KL divergence, KL(student||teacher) = sum_v q (log q - log p).
 
@@ -162,19 +162,19 @@ def reverse_kl(
     Gu et al., MiniLLM, 2023, arXiv:2306.08543, eq. 1 (here per token).
   """
   log_q, log_p = _pair(
-      "reverse_kl", student_logits, teacher_logits, temperature, vocab_size
+    "reverse_kl", student_logits, teacher_logits, temperature, vocab_size
   )
   _log_space.check_support("reverse_kl", "student", log_q, "teacher", log_p)
   return _log_space.kl(log_q, log_p)
 
 
 def generalized_jsd(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    beta: float | int = 0.5,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  beta: float | int = 0.5,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Generalised Jensen-Shannon divergence of GKD.
 
@@ -205,18 +205,18 @@ def generalized_jsd(
   fn = "generalized_jsd"
   _log_space.check_number(fn, "beta", beta, 0, 1)
   log_q, log_p = _pair(
-      fn, student_logits, teacher_logits, temperature, vocab_size
+    fn, student_logits, teacher_logits, temperature, vocab_size
   )
   return _log_space.jsd(log_q, log_p, beta)
 
 
 def skew_forward_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    alpha: float | int = 0.1,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  alpha: float | int = 0.1,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Skew forward KL, KL(p || alpha p + (1 - alpha) q).
 
@@ -243,17 +243,24 @@ def skew_forward_kl(
     Ko et al., DistiLLM, 2024, arXiv:2402.03898, eq. 4. The released code drops
     the teacher's entropy (a constant); this is the divergence itself.
   """
-  return _skew("skew_forward_kl", student_logits, teacher_logits, alpha,
-               temperature, vocab_size, forward=True)
+  return _skew(
+    "skew_forward_kl",
+    student_logits,
+    teacher_logits,
+    alpha,
+    temperature,
+    vocab_size,
+    forward=True,
+  )
 
 
 def skew_reverse_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    alpha: float | int = 0.1,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  alpha: float | int = 0.1,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Skew reverse KL, KL(q || (1 - alpha) p + alpha q).
 
@@ -279,15 +286,23 @@ def skew_reverse_kl(
   References:
     Ko et al., DistiLLM, 2024, arXiv:2402.03898, sec. 3.1.
   """
-  return _skew("skew_reverse_kl", student_logits, teacher_logits, alpha,
-               temperature, vocab_size, forward=False)
+  return _skew(
+    "skew_reverse_kl",
+    student_logits,
+    teacher_logits,
+    alpha,
+    temperature,
+    vocab_size,
+    forward=False,
+  )
 
 
-def _skew(fn, student_logits, teacher_logits, alpha, temperature, vocab_size,
-          *, forward):
+def _skew(
+  fn, student_logits, teacher_logits, alpha, temperature, vocab_size, *, forward
+):
   _log_space.check_number(fn, "alpha", alpha, 0, 1)
   log_q, log_p = _pair(
-      fn, student_logits, teacher_logits, temperature, vocab_size
+    fn, student_logits, teacher_logits, temperature, vocab_size
   )
   first, second = (log_p, log_q) if forward else (log_q, log_p)
   if alpha == 1:
@@ -298,11 +313,11 @@ def _skew(fn, student_logits, teacher_logits, alpha, temperature, vocab_size,
 
 
 def total_variation(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Total variation distance, 0.5 sum_v |p - q|.
 
@@ -327,18 +342,18 @@ def total_variation(
     arXiv:2307.15190, sec. 3.3.
   """
   log_q, log_p = _pair(
-      "total_variation", student_logits, teacher_logits, temperature, vocab_size
+    "total_variation", student_logits, teacher_logits, temperature, vocab_size
   )
   return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
 def adaptive_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    mu: float | int = 0.5,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  mu: float | int = 0.5,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Adaptive KL: forward and reverse KL weighed by where the models differ.
 
@@ -372,7 +387,7 @@ def adaptive_kl(
   fn = "adaptive_kl"
   _log_space.check_number(fn, "mu", mu, 0, 1)
   log_q, log_p = _pair(
-      fn, student_logits, teacher_logits, temperature, vocab_size
+    fn, student_logits, teacher_logits, temperature, vocab_size
   )
   p = jnp.exp(log_p)
   gap = jax.lax.stop_gradient(jnp.abs(p - jnp.exp(log_q)))
@@ -382,24 +397,22 @@ def adaptive_kl(
   tail_gap = jnp.sum(jnp.where(tail, sorted_gap, 0), axis=-1)
   total_gap = jnp.sum(gap, axis=-1)
   equal = total_gap == 0
-  tail_weight = jnp.where(
-      equal, 0.5, tail_gap / jnp.where(equal, 1, total_gap)
-  )
+  tail_weight = jnp.where(equal, 0.5, tail_gap / jnp.where(equal, 1, total_gap))
   return (1 - tail_weight) * _log_space.kl(log_p, log_q) + (
-      tail_weight * _log_space.kl(log_q, log_p)
+    tail_weight * _log_space.kl(log_q, log_p)
   )
 
 
 def teacher_confidence(
-    teacher_logits: Float[Array, "*b v"],
-    where: Bool[Array, "*b"] | None = None,
-    *,
-    labels: Int[Array, "*b"] | None = None,
-    kind: Literal["entropy", "label"] = "entropy",
-    k: float | int = 16,
-    per: Literal["batch", "token"] = "batch",
-    vocab_size: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+  teacher_logits: Float[Array, "*b v"],
+  where: Bool[Array, "*b"] | None = None,
+  *,
+  labels: Int[Array, "*b"] | None = None,
+  kind: Literal["entropy", "label"] = "entropy",
+  k: float | int = 16,
+  per: Literal["batch", "token"] = "batch",
+  vocab_size: int | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
   """How sure the teacher is, in [0, 1]: the weight of `entropy_aware_kl`.
 
@@ -434,7 +447,7 @@ def teacher_confidence(
   _checks.one_of(fn, "kind", kind, ("entropy", "label"))
   _checks.one_of(fn, "per", per, ("batch", "token"))
   (logits,) = _log_space.promote(
-      *_log_space.trim(fn, vocab_size, teacher_logits=teacher_logits)
+    *_log_space.trim(fn, vocab_size, teacher_logits=teacher_logits)
   )
   _checks.boolean(fn, where=where)
   b = logits.shape[:-1]
@@ -469,18 +482,18 @@ def teacher_confidence(
 
 
 def entropy_aware_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    where: Bool[Array, "*b"] | None = None,
-    *,
-    labels: Int[Array, "*b"] | None = None,
-    confidence: Any = "entropy",
-    k: float | int = 16,
-    per: Literal["batch", "token"] = "batch",
-    temperature: Any = 1.0,
-    min_prob: float | int = 1e-8,
-    vocab_size: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  where: Bool[Array, "*b"] | None = None,
+  *,
+  labels: Int[Array, "*b"] | None = None,
+  confidence: Any = "entropy",
+  k: float | int = 16,
+  per: Literal["batch", "token"] = "batch",
+  temperature: Any = 1.0,
+  min_prob: float | int = 1e-8,
+  vocab_size: int | None = None,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:
   """Slides from forward to reverse KL as the teacher gets more confident.
 
@@ -521,19 +534,19 @@ def entropy_aware_kl(
   """
   fn = "entropy_aware_kl"
   log_q, log_p = _pair(
-      fn, student_logits, teacher_logits, temperature, vocab_size
+    fn, student_logits, teacher_logits, temperature, vocab_size
   )
   _log_space.check_number(fn, "min_prob", min_prob, 0, 1, open_high=True)
   if isinstance(confidence, str):
     _checks.one_of(fn, "confidence", confidence, ("entropy", "label"))
     gamma = teacher_confidence(
-        jnp.asarray(teacher_logits)[..., : log_p.shape[-1]],
-        where,
-        labels=labels,
-        kind=confidence,
-        k=k,
-        per=per,
-        axis_name=axis_name,
+      jnp.asarray(teacher_logits)[..., : log_p.shape[-1]],
+      where,
+      labels=labels,
+      kind=confidence,
+      k=k,
+      per=per,
+      axis_name=axis_name,
     )
   else:
     _checks.in_range(fn, "confidence", confidence, 0, 1)
@@ -552,10 +565,10 @@ def entropy_aware_kl(
 
 
 def temper_log_probs(
-    log_probs: Float[Array, "*b k"],
-    log_normalizer: Any,
-    *,
-    temperature: Any,
+  log_probs: Float[Array, "*b k"],
+  log_normalizer: Any,
+  *,
+  temperature: Any,
 ) -> Float[Array, "*b k"]:
   """Cached top-k log-probabilities at another temperature, exactly.
 
@@ -592,26 +605,26 @@ def temper_log_probs(
   _checks.floating(fn, log_probs=log_probs)
   _checks.min_rank(fn, "log_probs", log_probs, 1, "[*b, k]")
   _log_space.check_number(
-      fn, "temperature", temperature, 0, math.inf, open_low=True, open_high=True
+    fn, "temperature", temperature, 0, math.inf, open_low=True, open_high=True
   )
   if isinstance(log_normalizer, Mapping):
     if temperature not in log_normalizer:
       stored = ", ".join(f"{t:g}" for t in log_normalizer) or "none"
       _checks.fail(
-          fn,
-          "temperature",
-          f"one that the cache has a log_normalizer for ({stored})",
-          temperature,
+        fn,
+        "temperature",
+        f"one that the cache has a log_normalizer for ({stored})",
+        temperature,
       )
     log_normalizer = log_normalizer[temperature]
   _checks.floating(fn, log_normalizer=log_normalizer)
   _checks.shape(
-      fn,
-      "log_normalizer",
-      log_normalizer,
-      jnp.shape(log_probs)[:-1],
-      "[*b]",
-      "log_probs",
+    fn,
+    "log_normalizer",
+    log_normalizer,
+    jnp.shape(log_probs)[:-1],
+    "[*b]",
+    "log_probs",
   )
   log_probs, log_normalizer = _log_space.promote(log_probs, log_normalizer)
   out = log_probs / temperature - log_normalizer[..., None]
@@ -622,22 +635,22 @@ def temper_log_probs(
 def _check_mass(fn: str, name: str, log_probs: Array) -> None:
   """Debug mode: no row of probabilities sums to more than 1."""
   _checks.holds(
-      fn,
-      name,
-      log_probs,
-      lambda x: jnp.sum(jnp.exp(x), axis=-1) <= 1 + 1e-4,
-      "such that no row's probabilities sum to more than 1",
+    fn,
+    name,
+    log_probs,
+    lambda x: jnp.sum(jnp.exp(x), axis=-1) <= 1 + 1e-4,
+    "such that no row's probabilities sum to more than 1",
   )
 
 
 def _sparse_sides(
-    fn: str,
-    student_logits: Any,
-    teacher_ids: Any,
-    teacher_log_probs: Any,
-    temperature: Any,
-    tail: str,
-    vocab_size: int | None,
+  fn: str,
+  student_logits: Any,
+  teacher_ids: Any,
+  teacher_log_probs: Any,
+  temperature: Any,
+  tail: str,
+  vocab_size: int | None,
 ) -> tuple[Array, Array]:
   """(log q, log p) over the k tokens and, for the bucket, the rest."""
   _checks.one_of(fn, "tail", tail, ("bucket", "renormalize", "drop"))
@@ -649,45 +662,48 @@ def _sparse_sides(
   k, v = jnp.shape(teacher_ids)[-1], student.shape[-1]
   if not 1 <= k <= v:
     _checks.fail(
-        fn, "teacher_ids", f"[*b, k] with 1 <= k <= {v}, the vocabulary", f"k={k}"
+      fn,
+      "teacher_ids",
+      f"[*b, k] with 1 <= k <= {v}, the vocabulary",
+      f"k={k}",
     )
   _checks.shape(
-      fn,
-      "teacher_ids",
-      teacher_ids,
-      student.shape[:-1] + (k,),
-      "[*b, k]",
-      "student_logits",
+    fn,
+    "teacher_ids",
+    teacher_ids,
+    student.shape[:-1] + (k,),
+    "[*b, k]",
+    "student_logits",
   )
   _checks.shape(
-      fn,
-      "teacher_log_probs",
-      teacher_log_probs,
-      jnp.shape(teacher_ids),
-      "[*b, k]",
-      "teacher_ids",
+    fn,
+    "teacher_log_probs",
+    teacher_log_probs,
+    jnp.shape(teacher_ids),
+    "[*b, k]",
+    "teacher_ids",
   )
   teacher_ids = jnp.asarray(teacher_ids)
   _checks.holds(
-      fn,
-      "teacher_ids",
-      teacher_ids,
-      lambda i: (i >= 0) & (i < v),
-      f"in [0, {v - 1}], ids of the vocabulary",
+    fn,
+    "teacher_ids",
+    teacher_ids,
+    lambda i: (i >= 0) & (i < v),
+    f"in [0, {v - 1}], ids of the vocabulary",
   )
   _checks.holds(
-      fn,
-      "teacher_ids",
-      jnp.sort(teacher_ids, axis=-1),
-      lambda i: jnp.all(i[..., 1:] != i[..., :-1], axis=-1),
-      "distinct within a row",
+    fn,
+    "teacher_ids",
+    jnp.sort(teacher_ids, axis=-1),
+    lambda i: jnp.all(i[..., 1:] != i[..., :-1], axis=-1),
+    "distinct within a row",
   )
   _checks.holds(
-      fn,
-      "teacher_log_probs",
-      teacher_log_probs,
-      lambda x: jnp.logical_not(jnp.isnan(x)),
-      "free of NaN",
+    fn,
+    "teacher_log_probs",
+    teacher_log_probs,
+    lambda x: jnp.logical_not(jnp.isnan(x)),
+    "free of NaN",
   )
   _check_mass(fn, "teacher_log_probs", teacher_log_probs)
   student, log_p = _log_space.promote(student, teacher_log_probs)
@@ -707,13 +723,13 @@ def _sparse_sides(
 
 
 def sparse_forward_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_ids: Int[Array, "*b k"],
-    teacher_log_probs: Float[Array, "*b k"],
-    *,
-    temperature: Any = 1.0,
-    tail: Tail = "bucket",
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_ids: Int[Array, "*b k"],
+  teacher_log_probs: Float[Array, "*b k"],
+  *,
+  temperature: Any = 1.0,
+  tail: Tail = "bucket",
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Forward KL against a teacher of which only k tokens are known.
 
@@ -753,20 +769,25 @@ def sparse_forward_kl(
   """
   fn = "sparse_forward_kl"
   log_q, log_p = _sparse_sides(
-      fn, student_logits, teacher_ids, teacher_log_probs, temperature, tail,
-      vocab_size,
+    fn,
+    student_logits,
+    teacher_ids,
+    teacher_log_probs,
+    temperature,
+    tail,
+    vocab_size,
   )
   return _log_space.kl(log_p, log_q)
 
 
 def sparse_reverse_kl(
-    student_logits: Float[Array, "*b v"],
-    teacher_ids: Int[Array, "*b k"],
-    teacher_log_probs: Float[Array, "*b k"],
-    *,
-    temperature: Any = 1.0,
-    tail: Tail = "bucket",
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_ids: Int[Array, "*b k"],
+  teacher_log_probs: Float[Array, "*b k"],
+  *,
+  temperature: Any = 1.0,
+  tail: Tail = "bucket",
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """Reverse KL against a teacher of which only k tokens are known.
 
@@ -796,8 +817,13 @@ def sparse_reverse_kl(
   """
   fn = "sparse_reverse_kl"
   log_q, log_p = _sparse_sides(
-      fn, student_logits, teacher_ids, teacher_log_probs, temperature, tail,
-      vocab_size,
+    fn,
+    student_logits,
+    teacher_ids,
+    teacher_log_probs,
+    temperature,
+    tail,
+    vocab_size,
   )
   if log_p.shape[-1] > jnp.shape(teacher_ids)[-1]:
     floor = math.log(float(jnp.finfo(log_p.dtype).eps))
@@ -806,17 +832,17 @@ def sparse_reverse_kl(
 
 
 __all__ = [
-    "adaptive_kl",
-    "entropy",
-    "entropy_aware_kl",
-    "forward_kl",
-    "generalized_jsd",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "sparse_forward_kl",
-    "sparse_reverse_kl",
-    "teacher_confidence",
-    "temper_log_probs",
-    "total_variation",
+  "adaptive_kl",
+  "entropy",
+  "entropy_aware_kl",
+  "forward_kl",
+  "generalized_jsd",
+  "reverse_kl",
+  "skew_forward_kl",
+  "skew_reverse_kl",
+  "sparse_forward_kl",
+  "sparse_reverse_kl",
+  "teacher_confidence",
+  "temper_log_probs",
+  "total_variation",
 ]

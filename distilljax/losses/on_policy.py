@@ -36,11 +36,11 @@ def _log_prob_arrays(fn: str, **arrays: Any) -> list[Any]:
   _checks.same_shape(fn, **arrays)
   for name, array in arrays.items():
     _checks.holds(
-        fn,
-        name,
-        array,
-        lambda x: jnp.logical_not(jnp.isnan(x) | (x == jnp.inf)),
-        "free of NaN and +inf",
+      fn,
+      name,
+      array,
+      lambda x: jnp.logical_not(jnp.isnan(x) | (x == jnp.inf)),
+      "free of NaN and +inf",
     )
   return _log_space.promote(*arrays.values())
 
@@ -58,13 +58,13 @@ def _where(fn: str, where: Any, like: str, reference: Array) -> Array:
 
 
 def kl_estimate(
-    student_log_probs: Float[Array, "*b"],
-    teacher_log_probs: Float[Array, "*b"],
-    *,
-    kind: Literal["k1", "k2", "k3", "abs"],
-    straight_through: bool = False,
-    max_log_ratio: float | int | Scalar = 20.0,
-    max_value: float | int | Scalar = 10.0,
+  student_log_probs: Float[Array, "*b"],
+  teacher_log_probs: Float[Array, "*b"],
+  *,
+  kind: Literal["k1", "k2", "k3", "abs"],
+  straight_through: bool = False,
+  max_log_ratio: float | int | Scalar = 20.0,
+  max_value: float | int | Scalar = 10.0,
 ) -> Float[Array, "*b"]:
   """Estimates KL(student||teacher) from tokens the student sampled.
 
@@ -102,12 +102,12 @@ def kl_estimate(
   _checks.in_range(fn, "max_log_ratio", max_log_ratio, 0, open_low=True)
   _checks.in_range(fn, "max_value", max_value, 0, open_low=True)
   student, teacher = _log_prob_arrays(
-      fn,
-      student_log_probs=student_log_probs,
-      teacher_log_probs=teacher_log_probs,
+    fn,
+    student_log_probs=student_log_probs,
+    teacher_log_probs=teacher_log_probs,
   )
   d = jnp.clip(
-      jax.lax.stop_gradient(teacher) - student, -max_log_ratio, max_log_ratio
+    jax.lax.stop_gradient(teacher) - student, -max_log_ratio, max_log_ratio
   )
   k2 = d * d / 2
   if kind == "k1":
@@ -124,13 +124,13 @@ def kl_estimate(
 
 
 def minillm_advantage(
-    student_log_probs: Float[Array, "b l"],
-    teacher_log_probs: Float[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    gamma: float | int = 0.0,
-    length_norm: bool = True,
-    discount: Literal["relative", "absolute"] = "relative",
+  student_log_probs: Float[Array, "b l"],
+  teacher_log_probs: Float[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  gamma: float | int = 0.0,
+  length_norm: bool = True,
+  discount: Literal["relative", "absolute"] = "relative",
 ) -> Float[Array, "b l"]:
   """Discounted reverse-KL reward to go of MiniLLM.
 
@@ -164,9 +164,9 @@ def minillm_advantage(
   _checks.one_of(fn, "discount", discount, ("relative", "absolute"))
   _checks.rank(fn, "student_log_probs", student_log_probs, 2, "[b, l]")
   student, teacher = _log_prob_arrays(
-      fn,
-      student_log_probs=student_log_probs,
-      teacher_log_probs=teacher_log_probs,
+    fn,
+    student_log_probs=student_log_probs,
+    teacher_log_probs=teacher_log_probs,
   )
   where = _where(fn, where, "student_log_probs", student)
   reward = jnp.where(where, jax.lax.stop_gradient(teacher - student), 0)
@@ -176,8 +176,8 @@ def minillm_advantage(
   step = np.arange(student.shape[1])
   power = np.maximum(step[None, :] - step[:, None], 0)
   weight = jnp.asarray(
-      np.where(step[None, :] >= step[:, None], float(gamma) ** power, 0.0),
-      student.dtype,
+    np.where(step[None, :] >= step[:, None], float(gamma) ** power, 0.0),
+    student.dtype,
   )
   out = jnp.matmul(reward, weight.T, precision="highest")
   if length_norm:
@@ -199,10 +199,10 @@ def _scale_like(fn: str, reward_scale: Any, reference: Any) -> Any:
   shape = jnp.shape(reward_scale)
   if shape != reference.shape[: len(shape)]:
     _checks.fail(
-        fn,
-        "reward_scale",
-        f"a number or an array over the leading axes of {list(reference.shape)}",
-        list(shape),
+      fn,
+      "reward_scale",
+      f"a number or an array over the leading axes of {list(reference.shape)}",
+      list(shape),
     )
   scale = jnp.asarray(reward_scale).astype(reference.dtype)
   return jax.lax.stop_gradient(_checks.expand_like(scale, reference))
@@ -214,21 +214,22 @@ def _needs_reference(fn: str, name: str, reference: Any, scale: Any) -> bool:
     return False
   if reference is None:
     _checks.fail(
-        fn,
-        name,
-        "given unless reward_scale is the number 1 (plain distillation)",
-        f"None with reward_scale={scale if _checks.is_number(scale) else '[...]'}",
+      fn,
+      name,
+      "given unless reward_scale is the number 1 (plain distillation)",
+      "None with reward_scale="
+      f"{scale if _checks.is_number(scale) else 'an array'}",
     )
   return True
 
 
 def gopd_advantage(
-    student_log_probs: Float[Array, "b l"],
-    teacher_log_probs: Float[Array, "b l"],
-    reference_log_probs: Float[Array, "b l"] | None,
-    *,
-    reward_scale: Any = 1.25,
-    max_log_ratio: float | int | Scalar = 20.0,
+  student_log_probs: Float[Array, "b l"],
+  teacher_log_probs: Float[Array, "b l"],
+  reference_log_probs: Float[Array, "b l"] | None,
+  *,
+  reward_scale: Any = 1.25,
+  max_log_ratio: float | int | Scalar = 20.0,
 ) -> Float[Array, "b l"]:
   """Advantage of generalised on-policy distillation, of the sampled tokens.
 
@@ -262,14 +263,14 @@ def gopd_advantage(
   """
   fn = "gopd_advantage"
   used = _needs_reference(
-      fn, "reference_log_probs", reference_log_probs, reward_scale
+    fn, "reference_log_probs", reference_log_probs, reward_scale
   )
   _checks.in_range(fn, "max_log_ratio", max_log_ratio, 0, open_low=True)
   student, teacher, reference = _log_prob_arrays(
-      fn,
-      student_log_probs=student_log_probs,
-      teacher_log_probs=teacher_log_probs,
-      reference_log_probs=reference_log_probs,
+    fn,
+    student_log_probs=student_log_probs,
+    teacher_log_probs=teacher_log_probs,
+    reference_log_probs=reference_log_probs,
   )
   out = teacher - student
   if used:
@@ -280,7 +281,7 @@ def gopd_advantage(
 
 
 def route_teacher(
-    teacher_log_probs: Float[Array, "k b *s"], index: Int[Array, "b"]
+  teacher_log_probs: Float[Array, "k b *s"], index: Int[Array, "b"]
 ) -> Float[Array, "b *s"]:
   """Picks each row's own teacher: out[i] = teacher_log_probs[index[i], i].
 
@@ -307,19 +308,21 @@ def route_teacher(
   k, b = stacked.shape[:2]
   _checks.shape(fn, "index", index, (b,), "[b]", "teacher_log_probs")
   _checks.holds(
-      fn, "index", index, lambda i: (i >= 0) & (i < k), f"in [0, {k - 1}]"
+    fn, "index", index, lambda i: (i >= 0) & (i < k), f"in [0, {k - 1}]"
   )
   return stacked[jnp.asarray(index), jnp.arange(b)]
 
 
 def gopd_target_logits(
-    teacher_logits: Float[Array, "*b v"],
-    reference_logits: Float[Array, "*b v"] | None,
-    *,
-    reward_scale: Any = 1.25,
-    vocab_size: int | None = None,
+  teacher_logits: Float[Array, "*b v"],
+  reference_logits: Float[Array, "*b v"] | None,
+  *,
+  reward_scale: Any = 1.25,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b v"]:
-  """The policy G-OPD converges to: lambda log T + (1 - lambda) log R, normalised.
+  """The policy G-OPD converges to, normalised in log space.
+
+    log target = lambda log T + (1 - lambda) log R + const
 
   Args:
     teacher_logits: Shape [*b, v].
@@ -333,20 +336,23 @@ def gopd_target_logits(
 
   Raises:
     ValueError: a missing reference at reward_scale != 1, or shapes that do not
-      correspond; in debug mode a teacher with mass where the reference has none.
+      correspond; in debug mode a teacher with mass where the reference has
+      none.
 
   References:
     G-OPD, 2026, arXiv:2602.12125 (the optimum per position).
   """
   fn = "gopd_target_logits"
-  used = _needs_reference(fn, "reference_logits", reference_logits, reward_scale)
+  used = _needs_reference(
+    fn, "reference_logits", reference_logits, reward_scale
+  )
   teacher, reference = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          teacher_logits=teacher_logits,
-          reference_logits=reference_logits,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      teacher_logits=teacher_logits,
+      reference_logits=reference_logits,
+    )
   )
   log_t = _log_space.log_probs(teacher)
   if used:
@@ -360,14 +366,14 @@ def gopd_target_logits(
 
 
 def gopd_loss(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    reference_logits: Float[Array, "*b u"] | None,
-    *,
-    reward_scale: Any = 1.25,
-    top_k: int | None = None,
-    temperature: Any = 1.0,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  reference_logits: Float[Array, "*b u"] | None,
+  *,
+  reward_scale: Any = 1.25,
+  top_k: int | None = None,
+  temperature: Any = 1.0,
+  vocab_size: int | None = None,
 ) -> Float[Array, "*b"]:
   """G-OPD over the full vocabulary: the same optimum without sampling noise.
 
@@ -401,24 +407,24 @@ def gopd_loss(
     G-OPD, 2026, arXiv:2602.12125; the full-vocabulary and top-k forms are ours.
   """
   fn = "gopd_loss"
-  used = _needs_reference(fn, "reference_logits", reference_logits, reward_scale)
+  used = _needs_reference(
+    fn, "reference_logits", reference_logits, reward_scale
+  )
   _log_space.check_temperature(fn, temperature)
   student, teacher, reference = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          student_logits=student_logits,
-          teacher_logits=teacher_logits,
-          reference_logits=reference_logits if used else None,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      student_logits=student_logits,
+      teacher_logits=teacher_logits,
+      reference_logits=reference_logits if used else None,
+    )
   )
   log_q = _log_space.log_probs(student, temperature)
   log_t = _log_space.log_probs(jax.lax.stop_gradient(teacher), temperature)
   _log_space.check_support(fn, "student", log_q, "teacher", log_t)
   if used:
-    log_r = _log_space.log_probs(
-        jax.lax.stop_gradient(reference), temperature
-    )
+    log_r = _log_space.log_probs(jax.lax.stop_gradient(reference), temperature)
     _log_space.check_support(fn, "student", log_q, "reference", log_r)
   if top_k is not None:
     _log_space.check_number(fn, "top_k", top_k, 1, log_q.shape[-1])
@@ -437,13 +443,13 @@ def gopd_loss(
 
 
 def policy_gradient_loss(
-    log_probs: Float[Array, "*b"],
-    old_log_probs: Float[Array, "*b"],
-    advantages: Float[Array, "*b"],
-    *,
-    clip_low: float | int | Scalar = 0.2,
-    clip_high: float | int | Scalar = 0.2,
-    dual_clip: float | int | Scalar | None = 3.0,
+  log_probs: Float[Array, "*b"],
+  old_log_probs: Float[Array, "*b"],
+  advantages: Float[Array, "*b"],
+  *,
+  clip_low: float | int | Scalar = 0.2,
+  clip_high: float | int | Scalar = 0.2,
+  dual_clip: float | int | Scalar | None = 3.0,
 ) -> Float[Array, "*b"]:
   """Clipped policy-gradient loss per token, with the dual clip.
 
@@ -477,10 +483,10 @@ def policy_gradient_loss(
   _checks.in_range(fn, "clip_high", clip_high, 0)
   _checks.in_range(fn, "dual_clip", dual_clip, 1, open_low=True)
   log_probs, old, advantages = _log_prob_arrays(
-      fn,
-      log_probs=log_probs,
-      old_log_probs=old_log_probs,
-      advantages=advantages,
+    fn,
+    log_probs=log_probs,
+    old_log_probs=old_log_probs,
+    advantages=advantages,
   )
   old = jax.lax.stop_gradient(old)
   advantages = jax.lax.stop_gradient(advantages)
@@ -494,12 +500,12 @@ def policy_gradient_loss(
 
 
 def truncated_importance_weights(
-    log_probs: Float[Array, "b l"],
-    behaviour_log_probs: Float[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    level: Literal["token", "sequence"] = "token",
-    cap: float | int | Scalar = 5.0,
+  log_probs: Float[Array, "b l"],
+  behaviour_log_probs: Float[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  level: Literal["token", "sequence"] = "token",
+  cap: float | int | Scalar = 5.0,
 ) -> Float[Array, "b l"]:
   """Importance weights min(pi / pi_behaviour, cap), stop-gradient.
 
@@ -529,14 +535,12 @@ def truncated_importance_weights(
   _checks.in_range(fn, "cap", cap, 0, open_low=True)
   _checks.rank(fn, "log_probs", log_probs, 2, "[b, l]")
   ours, theirs = _log_prob_arrays(
-      fn, log_probs=log_probs, behaviour_log_probs=behaviour_log_probs
+    fn, log_probs=log_probs, behaviour_log_probs=behaviour_log_probs
   )
   where = _where(fn, where, "log_probs", ours)
   ratio = jnp.where(where, ours - theirs, 0)
   if level == "sequence":
-    ratio = jnp.broadcast_to(
-        jnp.sum(ratio, axis=1, keepdims=True), ratio.shape
-    )
+    ratio = jnp.broadcast_to(jnp.sum(ratio, axis=1, keepdims=True), ratio.shape)
   ratio = jnp.exp(jnp.clip(ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   weights = jnp.where(where, jnp.minimum(ratio, cap), 0)
   return jax.lax.stop_gradient(weights)
@@ -550,11 +554,11 @@ def _host(fn: str, **values: Any) -> list[np.ndarray]:
   for name, value in values.items():
     if isinstance(value, jax.core.Tracer):
       _checks.fail(
-          fn,
-          name,
-          "a host number or NumPy array (inside jit use"
-          " extrapolation_threshold_from_log_odds)",
-          "a traced array",
+        fn,
+        name,
+        "a host number or NumPy array (inside jit use"
+        " extrapolation_threshold_from_log_odds)",
+        "a traced array",
       )
   arrays = [np.asarray(v, np.float64) for v in values.values()]
   for name, array in zip(values, arrays):
@@ -566,7 +570,7 @@ def _host(fn: str, **values: Any) -> list[np.ndarray]:
 
 
 def _threshold(p, b, numerator):
-  """1 + numerator / (logit p - logit b), inf where the teacher is not sharper."""
+  """1 + numerator / (logit p - logit b); inf where that gap is not > 0."""
   gap = (np.log(p) - np.log1p(-p)) - (np.log(b) - np.log1p(-b))
   with np.errstate(divide="ignore", invalid="ignore"):
     out = np.where(gap > 0, 1 + numerator / np.where(gap > 0, gap, 1), np.inf)
@@ -636,9 +640,9 @@ def runaway_threshold(p: Any, b: Any, c: Any) -> Any:
 
 
 def extrapolation_threshold_from_log_odds(
-    teacher_log_odds: Float[Array, "*b"],
-    base_log_odds: Float[Array, "*b"],
-    c: Any,
+  teacher_log_odds: Float[Array, "*b"],
+  base_log_odds: Float[Array, "*b"],
+  c: Any,
 ) -> Float[Array, "*b"]:
   """`extrapolation_threshold` from log-odds, in float32 and under jit.
 
@@ -664,7 +668,7 @@ def extrapolation_threshold_from_log_odds(
   fn = "extrapolation_threshold_from_log_odds"
   _checks.in_range(fn, "c", c, 1)
   teacher, base = _log_prob_arrays(
-      fn, teacher_log_odds=teacher_log_odds, base_log_odds=base_log_odds
+    fn, teacher_log_odds=teacher_log_odds, base_log_odds=base_log_odds
   )
   extra = jnp.log(jnp.asarray(c, teacher.dtype) - 1) + jax.nn.softplus(-teacher)
   gap = teacher - base
@@ -674,12 +678,12 @@ def extrapolation_threshold_from_log_odds(
 
 
 def extrapolation_threshold_kary(
-    teacher_logits: Float[Array, "*b v"],
-    base_logits: Float[Array, "*b v"],
-    class_mask: Bool[Array, "..."],
-    c: Any,
-    *,
-    iterations: int = 60,
+  teacher_logits: Float[Array, "*b v"],
+  base_logits: Float[Array, "*b v"],
+  class_mask: Bool[Array, "..."],
+  c: Any,
+  *,
+  iterations: int = 60,
 ) -> Float[Array, "*b"]:
   """`extrapolation_threshold` for a class of tokens, from full distributions.
 
@@ -714,17 +718,17 @@ def extrapolation_threshold_kary(
   _checks.in_range(fn, "c", c, 1)
   _log_space.check_number(fn, "iterations", iterations, 1)
   teacher, base = _log_space.promote(
-      *_log_space.trim(
-          fn, None, teacher_logits=teacher_logits, base_logits=base_logits
-      )
+    *_log_space.trim(
+      fn, None, teacher_logits=teacher_logits, base_logits=base_logits
+    )
   )
   _checks.boolean(fn, class_mask=class_mask)
   if jnp.shape(class_mask) not in (teacher.shape[-1:], teacher.shape):
     _checks.fail(
-        fn,
-        "class_mask",
-        f"[v] or [*b, v]={list(teacher.shape)} like teacher_logits",
-        list(jnp.shape(class_mask)),
+      fn,
+      "class_mask",
+      f"[v] or [*b, v]={list(teacher.shape)} like teacher_logits",
+      list(jnp.shape(class_mask)),
     )
   log_t = jax.lax.stop_gradient(_log_space.log_probs(teacher))
   log_b = jax.lax.stop_gradient(_log_space.log_probs(base))
@@ -735,7 +739,7 @@ def extrapolation_threshold_kary(
     # log T + (lambda - 1) log(T/B); a token outside T's support stays out.
     tilted = log_t + (scale - 1)[..., None] * reward
     return _log_space.logsumexp(
-        jnp.where(inside, tilted, -jnp.inf)
+      jnp.where(inside, tilted, -jnp.inf)
     ) - _log_space.logsumexp(jnp.where(inside, -jnp.inf, tilted))
 
   outside = _log_space.logsumexp(jnp.where(inside, -jnp.inf, log_t))
@@ -762,14 +766,14 @@ def extrapolation_threshold_kary(
 
 
 def cap_reward_scale(
-    reward_scale: Any,
-    teacher_logits: Float[Array, "*b v"],
-    base_logits: Float[Array, "*b v"],
-    class_mask: Bool[Array, "..."],
-    c: Any,
-    *,
-    eps: float | int | Scalar = 0.1,
-    iterations: int = 60,
+  reward_scale: Any,
+  teacher_logits: Float[Array, "*b v"],
+  base_logits: Float[Array, "*b v"],
+  class_mask: Bool[Array, "..."],
+  c: Any,
+  *,
+  eps: float | int | Scalar = 0.1,
+  iterations: int = 60,
 ) -> Float[Array, "*b"]:
   """Per-position reward scale that stays below the cliff.
 
@@ -797,10 +801,10 @@ def cap_reward_scale(
   fn = "cap_reward_scale"
   _log_space.check_number(fn, "eps", eps, 0, 1)
   threshold = extrapolation_threshold_kary(
-      teacher_logits, base_logits, class_mask, c, iterations=iterations
+    teacher_logits, base_logits, class_mask, c, iterations=iterations
   )
   scale = jnp.broadcast_to(
-      _scale_like(fn, reward_scale, threshold), threshold.shape
+    _scale_like(fn, reward_scale, threshold), threshold.shape
   )
   finite = threshold < jnp.inf
   cap = 1 + (1 - eps) * (jnp.where(finite, threshold, 1) - 1)
@@ -820,11 +824,11 @@ class TokenImportance(NamedTuple):
 
 
 def token_importance(
-    student_logits: Float[Array, "*b v"],
-    teacher_logits: Float[Array, "*b w"],
-    *,
-    jsd_top_k: int | None = None,
-    vocab_size: int | None = None,
+  student_logits: Float[Array, "*b v"],
+  teacher_logits: Float[Array, "*b w"],
+  *,
+  jsd_top_k: int | None = None,
+  vocab_size: int | None = None,
 ) -> TokenImportance:
   """The four numbers a position that TIP's rules choose tokens by.
 
@@ -850,12 +854,12 @@ def token_importance(
   """
   fn = "token_importance"
   student, teacher = _log_space.promote(
-      *_log_space.trim(
-          fn,
-          vocab_size,
-          student_logits=student_logits,
-          teacher_logits=teacher_logits,
-      )
+    *_log_space.trim(
+      fn,
+      vocab_size,
+      student_logits=student_logits,
+      teacher_logits=teacher_logits,
+    )
   )
   log_q = _log_space.log_probs(jax.lax.stop_gradient(student))
   log_p = _log_space.log_probs(jax.lax.stop_gradient(teacher))
@@ -868,10 +872,10 @@ def token_importance(
     _, ids = jax.lax.top_k(log_p, jsd_top_k)
     jsd_q, jsd_p = (_log_space.renormalized(x, ids) for x in (log_q, log_p))
   return TokenImportance(
-      entropy=entropy,
-      reverse_kl=_log_space.kl(log_q, log_p),
-      forward_kl=_log_space.kl(log_p, log_q),
-      jsd=_log_space.jsd(jsd_q, jsd_p, 0.5) / math.log(2),
+    entropy=entropy,
+    reverse_kl=_log_space.kl(log_q, log_p),
+    forward_kl=_log_space.kl(log_p, log_q),
+    jsd=_log_space.jsd(jsd_q, jsd_p, 0.5) / math.log(2),
   )
 
 
@@ -887,7 +891,7 @@ def _percentile(values: Array, where: Array, percentile: Any) -> Array:
 
 
 def _normalize(
-    values: Array, where: Array, percentile: Any, axis_name: Any
+  values: Array, where: Array, percentile: Any, axis_name: Any
 ) -> Array:
   """minmax(min(values, percentile)) over the valid tokens; constant -> 0."""
   everywhere, valid = values, where
@@ -904,19 +908,19 @@ def _normalize(
   high = jnp.max(jnp.where(valid, everywhere, -jnp.inf))
   spread = jnp.where(any_valid, high - low, 0)
   scaled = (values - jnp.where(any_valid, low, 0)) / jnp.where(
-      spread > 0, spread, 1
+    spread > 0, spread, 1
   )
   return jnp.where(where & (spread > 0), scaled, 0)
 
 
 def soft_or_importance(
-    entropy: Float[Array, "*b"],
-    divergence: Float[Array, "*b"],
-    where: Bool[Array, "*b"] | None = None,
-    *,
-    percentile: float | int = 98.0,
-    clip_divergence: bool = False,
-    axis_name: str | tuple[str, ...] | None = None,
+  entropy: Float[Array, "*b"],
+  divergence: Float[Array, "*b"],
+  where: Bool[Array, "*b"] | None = None,
+  *,
+  percentile: float | int = 98.0,
+  clip_divergence: bool = False,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:
   """TIP's soft-OR: high where a token is uncertain or the models disagree.
 
@@ -947,23 +951,23 @@ def soft_or_importance(
   fn = "soft_or_importance"
   _log_space.check_number(fn, "percentile", percentile, 0, 100)
   entropy, divergence = _log_prob_arrays(
-      fn, entropy=entropy, divergence=divergence
+    fn, entropy=entropy, divergence=divergence
   )
   where = _where(fn, where, "entropy", entropy)
   h = _normalize(entropy, where, percentile, axis_name)
   d = _normalize(
-      divergence, where, percentile if clip_divergence else None, axis_name
+    divergence, where, percentile if clip_divergence else None, axis_name
   )
   return jax.lax.stop_gradient(h + d - h * d)
 
 
 def overconfidence_importance(
-    entropy: Float[Array, "*b"],
-    forward_kl: Float[Array, "*b"],
-    where: Bool[Array, "*b"] | None = None,
-    *,
-    percentile: float | int = 98.0,
-    axis_name: str | tuple[str, ...] | None = None,
+  entropy: Float[Array, "*b"],
+  forward_kl: Float[Array, "*b"],
+  where: Bool[Array, "*b"] | None = None,
+  *,
+  percentile: float | int = 98.0,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*b"]:
   """TIP's Q3 score: high where the student is sure and wrong.
 
@@ -991,7 +995,7 @@ def overconfidence_importance(
   fn = "overconfidence_importance"
   _log_space.check_number(fn, "percentile", percentile, 0, 100)
   entropy, forward_kl = _log_prob_arrays(
-      fn, entropy=entropy, forward_kl=forward_kl
+    fn, entropy=entropy, forward_kl=forward_kl
   )
   where = _where(fn, where, "entropy", entropy)
   h = _normalize(entropy, where, percentile, axis_name)
@@ -1008,12 +1012,12 @@ class TokenSelection(NamedTuple):
 
 
 def select_tokens(
-    scores: Float[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    rate: float | int,
-    exponent: float | int = 1.0,
-    noise: Float[Array, "b l"] | None = None,
+  scores: Float[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  rate: float | int,
+  exponent: float | int = 1.0,
+  noise: Float[Array, "b l"] | None = None,
 ) -> TokenSelection:
   """Chooses floor(rate m) of each row's m valid tokens, at least one.
 
@@ -1077,7 +1081,7 @@ def select_tokens(
 
 
 def topk_overlap(
-    student_ids: Int[Array, "*b k"], teacher_ids: Int[Array, "*b k"]
+  student_ids: Int[Array, "*b k"], teacher_ids: Int[Array, "*b k"]
 ) -> Float[Array, "*b"]:
   """Share of the student's k largest tokens among the teacher's k largest.
 
@@ -1106,11 +1110,11 @@ def topk_overlap(
 
 
 def teacher_top_p_accept(
-    ids: Int[Array, "*b"],
-    teacher_ids: Int[Array, "*b k"],
-    teacher_log_probs: Float[Array, "*b k"],
-    *,
-    threshold: float | int | Scalar,
+  ids: Int[Array, "*b"],
+  teacher_ids: Int[Array, "*b k"],
+  teacher_log_probs: Float[Array, "*b k"],
+  *,
+  threshold: float | int | Scalar,
 ) -> Float[Array, "*b"]:
   """1 where the sampled token lies in the teacher's nucleus, else 0.
 
@@ -1137,12 +1141,10 @@ def teacher_top_p_accept(
   _checks.integer(fn, ids=ids, teacher_ids=teacher_ids)
   _checks.floating(fn, teacher_log_probs=teacher_log_probs)
   _checks.same_shape(
-      fn, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs
+    fn, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs
   )
   teacher_ids = jnp.asarray(teacher_ids)
-  _checks.shape(
-      fn, "ids", ids, teacher_ids.shape[:-1], "[*b]", "teacher_ids"
-  )
+  _checks.shape(fn, "ids", ids, teacher_ids.shape[:-1], "[*b]", "teacher_ids")
   (log_p,) = _log_space.promote(teacher_log_probs)
   log_p = jax.lax.stop_gradient(log_p)
   order = jnp.argsort(-log_p, axis=-1)
@@ -1156,8 +1158,8 @@ def teacher_top_p_accept(
 
 
 def topk_reverse_kl_reward(
-    student_log_probs: Float[Array, "*b k"],
-    teacher_log_probs: Float[Array, "*b k"],
+  student_log_probs: Float[Array, "*b k"],
+  teacher_log_probs: Float[Array, "*b k"],
 ) -> Float[Array, "*b k"]:
   """Dense reward of Prune-OPD on the student's k largest tokens.
 
@@ -1182,19 +1184,19 @@ def topk_reverse_kl_reward(
   fn = "topk_reverse_kl_reward"
   _checks.min_rank(fn, "student_log_probs", student_log_probs, 1, "[*b, k]")
   student, teacher = _log_prob_arrays(
-      fn,
-      student_log_probs=student_log_probs,
-      teacher_log_probs=teacher_log_probs,
+    fn,
+    student_log_probs=student_log_probs,
+    teacher_log_probs=teacher_log_probs,
   )
   reward = (teacher - student) * jax.nn.softmax(student, axis=-1)
   return jax.lax.stop_gradient(reward)
 
 
 def drift_events(
-    monitor: Float[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    threshold: float | int | Scalar = 0.7,
+  monitor: Float[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  threshold: float | int | Scalar = 0.7,
 ) -> Bool[Array, "b l"]:
   """Valid tokens whose monitor (overlap, acceptance) is below the threshold.
 
@@ -1227,12 +1229,12 @@ class DriftWeights(NamedTuple):
 
 
 def drift_weights(
-    events: Bool[Array, "b l"],
-    where: Bool[Array, "b l"] | None = None,
-    *,
-    drop: float | int | Scalar = 0.01,
-    base: float | int | Scalar = 0.5,
-    normalize: bool = False,
+  events: Bool[Array, "b l"],
+  where: Bool[Array, "b l"] | None = None,
+  *,
+  drop: float | int | Scalar = 0.01,
+  base: float | int | Scalar = 0.5,
+  normalize: bool = False,
 ) -> DriftWeights:
   """Monotone down-weighting of everything after drift events.
 
@@ -1289,16 +1291,16 @@ class RolloutBudget(NamedTuple):
 
 
 def update_rollout_budget(
-    budget: RolloutBudget,
-    effective_length: Int[Array, "b"],
-    *,
-    hit_ratio: float | int | Scalar = 0.1,
-    margin: int = 100,
-    step: int = 100,
-    patience: int = 3,
-    min_length: int = 1024,
-    max_length: int = 12288,
-    axis_name: str | tuple[str, ...] | None = None,
+  budget: RolloutBudget,
+  effective_length: Int[Array, "b"],
+  *,
+  hit_ratio: float | int | Scalar = 0.1,
+  margin: int = 100,
+  step: int = 100,
+  patience: int = 3,
+  min_length: int = 1024,
+  max_length: int = 12288,
+  axis_name: str | tuple[str, ...] | None = None,
 ) -> RolloutBudget:
   """Rollout length of the next generation, from this one's useful lengths.
 
@@ -1341,7 +1343,7 @@ def update_rollout_budget(
   misses = jnp.asarray(budget.misses, jnp.int32)
   bar = jnp.maximum(min_length, length - margin)
   hits = jnp.sum(
-      jnp.asarray(effective_length).astype(jnp.int32) >= bar, dtype=jnp.float32
+    jnp.asarray(effective_length).astype(jnp.int32) >= bar, dtype=jnp.float32
   )
   rows = jnp.asarray(jnp.shape(effective_length)[0], jnp.float32)
   if axis_name is not None:
@@ -1356,31 +1358,31 @@ def update_rollout_budget(
 
 
 __all__ = [
-    "DriftWeights",
-    "RolloutBudget",
-    "TokenImportance",
-    "TokenSelection",
-    "cap_reward_scale",
-    "drift_events",
-    "drift_weights",
-    "extrapolation_threshold",
-    "extrapolation_threshold_from_log_odds",
-    "extrapolation_threshold_kary",
-    "gopd_advantage",
-    "gopd_loss",
-    "gopd_target_logits",
-    "kl_estimate",
-    "minillm_advantage",
-    "overconfidence_importance",
-    "policy_gradient_loss",
-    "route_teacher",
-    "runaway_threshold",
-    "select_tokens",
-    "soft_or_importance",
-    "teacher_top_p_accept",
-    "token_importance",
-    "topk_overlap",
-    "topk_reverse_kl_reward",
-    "truncated_importance_weights",
-    "update_rollout_budget",
+  "DriftWeights",
+  "RolloutBudget",
+  "TokenImportance",
+  "TokenSelection",
+  "cap_reward_scale",
+  "drift_events",
+  "drift_weights",
+  "extrapolation_threshold",
+  "extrapolation_threshold_from_log_odds",
+  "extrapolation_threshold_kary",
+  "gopd_advantage",
+  "gopd_loss",
+  "gopd_target_logits",
+  "kl_estimate",
+  "minillm_advantage",
+  "overconfidence_importance",
+  "policy_gradient_loss",
+  "route_teacher",
+  "runaway_threshold",
+  "select_tokens",
+  "soft_or_importance",
+  "teacher_top_p_accept",
+  "token_importance",
+  "topk_overlap",
+  "topk_reverse_kl_reward",
+  "truncated_importance_weights",
+  "update_rollout_budget",
 ]

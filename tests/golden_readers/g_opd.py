@@ -9,16 +9,16 @@ import numpy as np
 from distilljax import losses
 
 CALLS = {
-    r"adv_(single|multi)_\d+|adv_no_base_models": (
-        "gopd_advantage, route_teacher"
-    ),
-    r"is_w_(token|sequence)": "truncated_importance_weights",
-    r"pg_(loss|grad)_.*": (
-        "policy_gradient_loss x truncated_importance_weights, reduced"
-    ),
+  r"adv_(single|multi)_\d+|adv_no_base_models": (
+    "gopd_advantage, route_teacher"
+  ),
+  r"is_w_(token|sequence)": "truncated_importance_weights",
+  r"pg_(loss|grad)_.*": (
+    "policy_gradient_loss x truncated_importance_weights, reduced"
+  ),
 }
 NOT_REPRODUCED = {
-    r"student_logits|sampled_ids": "what the log-probabilities were made from",
+  r"student_logits|sampled_ids": "what the log-probabilities were made from",
 }
 
 
@@ -42,11 +42,14 @@ def _policy(lps, where, scale, cap, *, aggregation, on_policy):
   def loss(student):
     behaviour = jax.lax.stop_gradient(student) if on_policy else old
     advantage = losses.gopd_advantage(
-        behaviour, teacher, reference, reward_scale=scale,
-        max_log_ratio=np.inf,
+      behaviour,
+      teacher,
+      reference,
+      reward_scale=scale,
+      max_log_ratio=np.inf,
     )
     weights = losses.truncated_importance_weights(
-        student, rollout, where, cap=cap
+      student, rollout, where, cap=cap
     )
     values = losses.policy_gradient_loss(student, behaviour, advantage)
     return _reduce(values * weights, where, aggregation)
@@ -57,9 +60,15 @@ def _policy(lps, where, scale, cap, *, aggregation, on_policy):
 def reproduce(golden):
   """The keys of CALLS."""
   student, old, teacher, reference, second, rollout = (
-      golden[f"{n}_lp"]
-      for n in ("student", "old", "teacher", "reference", "second_teacher",
-                "rollout")
+    golden[f"{n}_lp"]
+    for n in (
+      "student",
+      "old",
+      "teacher",
+      "reference",
+      "second_teacher",
+      "rollout",
+    )
   )
   where = golden["response_mask"] > 0
   scales = [float(x) for x in golden["lambdas"]]
@@ -68,33 +77,33 @@ def reproduce(golden):
   out = {}
   for i, scale in enumerate(scales):
     out[f"adv_single_{i}"] = advantage(
-        old, teacher, reference, reward_scale=scale
+      old, teacher, reference, reward_scale=scale
     )
   # An unknown domain gets plain distillation from the first teacher, there.
   index = golden["route_teacher_index"]
   known = index < 2
   routed = losses.route_teacher(
-      jnp.stack([teacher, second]), jnp.where(known, index, 0)
+    jnp.stack([teacher, second]), jnp.where(known, index, 0)
   )
   for i, scale in enumerate(scales):
     out[f"adv_multi_{i}"] = advantage(
-        old, routed, reference, reward_scale=jnp.where(known, scale, 1.0)
+      old, routed, reference, reward_scale=jnp.where(known, scale, 1.0)
     )
   out["adv_no_base_models"] = advantage(old, teacher, None, reward_scale=1.0)
   for level in ("token", "sequence"):
     out[f"is_w_{level}"] = losses.truncated_importance_weights(
-        student, rollout, where, level=level, cap=cap
+      student, rollout, where, level=level, cap=cap
     )
   lps = (student, old, teacher, reference, rollout)
   pattern = r"pg_loss_(onpolicy|offpolicy)_([a-z-]+)_lam(\d+)"
   for m in golden.match(pattern):
     loss, grad = _policy(
-        lps,
-        where,
-        jnp.full(student.shape[:1], scales[int(m.group(3))], student.dtype),
-        cap,
-        aggregation=m.group(2),
-        on_policy=m.group(1) == "onpolicy",
+      lps,
+      where,
+      jnp.full(student.shape[:1], scales[int(m.group(3))], student.dtype),
+      cap,
+      aggregation=m.group(2),
+      on_policy=m.group(1) == "onpolicy",
     )
     out[m.group(0)] = loss
     out[m.group(0).replace("pg_loss", "pg_grad")] = grad

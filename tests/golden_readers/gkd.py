@@ -9,34 +9,34 @@ from distilljax import losses
 
 # Many small programs, each run once or twice: compile them cheaply.
 _jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 
 CALLS = {
-    r"loss_batchmean|loss_all_masked|loss_extreme|minillm_single_step_loss": (
-        "masked_mean(generalized_jsd | reverse_kl)"
-    ),
-    r"loss_(num_items|sum|batchmean_nolabels)": (
-        "masked_sum_and_count(generalized_jsd)"
-    ),
-    r"grad_b\d+_t\d+|minillm_single_step_grad": "gradient of the same",
-    r"klpen_(grad_)?\w+": "kl_estimate and its gradient",
-    r"minillm_adv_.*": "minillm_advantage(discount='absolute')",
+  r"loss_batchmean|loss_all_masked|loss_extreme|minillm_single_step_loss": (
+    "masked_mean(generalized_jsd | reverse_kl)"
+  ),
+  r"loss_(num_items|sum|batchmean_nolabels)": (
+    "masked_sum_and_count(generalized_jsd)"
+  ),
+  r"grad_b\d+_t\d+|minillm_single_step_grad": "gradient of the same",
+  r"klpen_(grad_)?\w+": "kl_estimate and its gradient",
+  r"minillm_adv_.*": "minillm_advantage(discount='absolute')",
 }
 NOT_REPRODUCED = {
-    r"loss_mean_over_masked_tokens_and_vocab": (
-        "a mean over the vocabulary as well: a reduction of the peer's"
-    ),
-    r"loss_none_masked_elementwise_beta_idx\d+": (
-        "terms before the sum over the vocabulary: ours are summed"
-    ),
-    r"sampled_ids": "which tokens the given log-probabilities belong to",
+  r"loss_mean_over_masked_tokens_and_vocab": (
+    "a mean over the vocabulary as well: a reduction of the peer's"
+  ),
+  r"loss_none_masked_elementwise_beta_idx\d+": (
+    "terms before the sum over the vocabulary: ours are summed"
+  ),
+  r"sampled_ids": "which tokens the given log-probabilities belong to",
 }
 TOLERANCE = {
-    r"minillm_adv_gamma.*_ln1": (
-        1e-3,
-        "TRL counts a masked position as 1e-4 of a token in the normaliser",
-    ),
+  r"minillm_adv_gamma.*_ln1": (
+    1e-3,
+    "TRL counts a masked position as 1e-4 of a token in the normaliser",
+  ),
 }
 
 
@@ -46,7 +46,7 @@ def _case(student, teacher, where, temperature, *, beta):
 
   def fn(student):
     values = losses.generalized_jsd(
-        student, teacher, beta=beta, temperature=temperature
+      student, teacher, beta=beta, temperature=temperature
     )
     total, _ = losses.masked_sum_and_count(values, where)
     return losses.masked_mean(values, where), total
@@ -64,7 +64,7 @@ def _estimate(student, teacher, *, kind):
 @_jit
 def _single_step(student, teacher, where):
   return jax.value_and_grad(
-      lambda s: losses.masked_mean(losses.reverse_kl(s, teacher), where)
+    lambda s: losses.masked_mean(losses.reverse_kl(s, teacher), where)
   )(student)
 
 
@@ -105,12 +105,12 @@ def reproduce(golden):
   mask = golden["minillm_mask"] > 0
   for m in golden.match(r"minillm_adv_gamma([\d.]+)_ln([01])"):
     out[m.group(0)] = losses.minillm_advantage(
-        s,
-        t,
-        mask,
-        gamma=float(m.group(1)),
-        length_norm=m.group(2) == "1",
-        discount="absolute",
+      s,
+      t,
+      mask,
+      gamma=float(m.group(1)),
+      length_norm=m.group(2) == "1",
+      discount="absolute",
     )
   loss, grad = _single_step(student, teacher, mask)
   out["minillm_single_step_loss"] = loss

@@ -12,75 +12,75 @@ import jax.numpy as jnp
 from distilljax import losses
 
 CALLS = {
-    r"distillm_(forward|skewed_forward)_kl(__grad)?": (
-        "masked_mean(forward_kl | skew_forward_kl), + entropy(teacher)"
-    ),
-    r"distillm_(reverse|skewed_reverse)_kl(__grad)?": (
-        "masked_mean(reverse_kl | skew_reverse_kl)"
-    ),
-    r"distillm_js(__grad)?": "masked_mean(generalized_jsd(beta=1-lambda))",
-    r"distillm_tv(__grad)?": "masked_mean(total_variation)",
-    r"akl(__grad)?": "masked_mean(adaptive_kl)",
-    r"distillkit_dense_(kl|jsd|tvd)_T.*": (
-        "masked_mean(forward_kl | generalized_jsd | total_variation) x T^2"
-    ),
-    r"distillkit_sparse_kl_(logits_)?zero_T.*": (
-        "masked_mean(sparse_forward_kl(tail='drop')) x T^2"
-    ),
-    r"distillkit_sparse_kl_symuniform_T.*": (
-        "masked_mean(sparse_forward_kl) x T^2 at the capture's temperature"
-    ),
-    r"modelopt_logits_kl_(batchmean|sum|none)_T.*": "forward_kl x T^2, summed",
-    r"modelopt_meg_full_(fwd|rev)(__gradsum)?": "forward_kl | reverse_kl",
-    r"modelopt_meg_top\d+_(fwd|rev)(__gradsum)?": (
-        "sparse_forward_kl | sparse_reverse_kl(tail='renormalize')"
-    ),
-    r"minima_soft_cross_entropy(__grad)?": "forward_kl + entropy(teacher)",
-    r"tunix_logit_T.*_topk\d+_soft": (
-        "forward_kl | sparse_forward_kl(tail='renormalize') x T^2"
-    ),
-    r"maxtext_.*:distill/(kl_div_T1|kl_div_at_T|soft_loss)": (
-        "masked_sum_and_count(forward_kl) (x T^2)"
-    ),
+  r"distillm_(forward|skewed_forward)_kl(__grad)?": (
+    "masked_mean(forward_kl | skew_forward_kl), + entropy(teacher)"
+  ),
+  r"distillm_(reverse|skewed_reverse)_kl(__grad)?": (
+    "masked_mean(reverse_kl | skew_reverse_kl)"
+  ),
+  r"distillm_js(__grad)?": "masked_mean(generalized_jsd(beta=1-lambda))",
+  r"distillm_tv(__grad)?": "masked_mean(total_variation)",
+  r"akl(__grad)?": "masked_mean(adaptive_kl)",
+  r"distillkit_dense_(kl|jsd|tvd)_T.*": (
+    "masked_mean(forward_kl | generalized_jsd | total_variation) x T^2"
+  ),
+  r"distillkit_sparse_kl_(logits_)?zero_T.*": (
+    "masked_mean(sparse_forward_kl(tail='drop')) x T^2"
+  ),
+  r"distillkit_sparse_kl_symuniform_T.*": (
+    "masked_mean(sparse_forward_kl) x T^2 at the capture's temperature"
+  ),
+  r"modelopt_logits_kl_(batchmean|sum|none)_T.*": "forward_kl x T^2, summed",
+  r"modelopt_meg_full_(fwd|rev)(__gradsum)?": "forward_kl | reverse_kl",
+  r"modelopt_meg_top\d+_(fwd|rev)(__gradsum)?": (
+    "sparse_forward_kl | sparse_reverse_kl(tail='renormalize')"
+  ),
+  r"minima_soft_cross_entropy(__grad)?": "forward_kl + entropy(teacher)",
+  r"tunix_logit_T.*_topk\d+_soft": (
+    "forward_kl | sparse_forward_kl(tail='renormalize') x T^2"
+  ),
+  r"maxtext_.*:distill/(kl_div_T1|kl_div_at_T|soft_loss)": (
+    "masked_sum_and_count(forward_kl) (x T^2)"
+  ),
 }
 NOT_REPRODUCED = {
-    r"distillm_symmetric_kl(__grad)?": "a weighted sum of two keys above",
-    r"akl_(head|tail)_ratio": "weights inside adaptive_kl",
-    r"distillkit_sparse_(jsd|tvd)_.*": "no sparse form of these is offered",
-    r"distillkit_sparse_kl_symuniform_T.*": (
-        "tail raised to a power: wrong off the capture's temperature"
-    ),
-    r"distillkit_(hinge|logistic_ranking).*|modelopt_mft_.*|labels_full": (
-        "ranking and label-mixing losses: not in the library"
-    ),
-    r"distillkit_hs_.*|hs_.*|maxtext_feat_.*": "hidden-state losses",
-    r"modelopt_logits_kl_mean_T.*": "divides by the vocabulary as well",
-    r"modelopt_balancer_.*|maxtext_schedule_.*": "loss weights of a trainer",
-    r"tunix_logit_T[\d.]+_topk\d+(__grad)?": (
-        "mixed with the cross entropy of labels"
-    ),
-    r"maxtext_sparse_topk(__grad)?|maxtext_[a-z0-9]+_step\d+(__grad)?": (
-        "mixed with cross entropy and features"
-    ),
-    r"maxtext_.*:distill/.*": "what the trainer logs beside the loss",
+  r"distillm_symmetric_kl(__grad)?": "a weighted sum of two keys above",
+  r"akl_(head|tail)_ratio": "weights inside adaptive_kl",
+  r"distillkit_sparse_(jsd|tvd)_.*": "no sparse form of these is offered",
+  r"distillkit_sparse_kl_symuniform_T.*": (
+    "tail raised to a power: wrong off the capture's temperature"
+  ),
+  r"distillkit_(hinge|logistic_ranking).*|modelopt_mft_.*|labels_full": (
+    "ranking and label-mixing losses: not in the library"
+  ),
+  r"distillkit_hs_.*|hs_.*|maxtext_feat_.*": "hidden-state losses",
+  r"modelopt_logits_kl_mean_T.*": "divides by the vocabulary as well",
+  r"modelopt_balancer_.*|maxtext_schedule_.*": "loss weights of a trainer",
+  r"tunix_logit_T[\d.]+_topk\d+(__grad)?": (
+    "mixed with the cross entropy of labels"
+  ),
+  r"maxtext_sparse_topk(__grad)?|maxtext_[a-z0-9]+_step\d+(__grad)?": (
+    "mixed with cross entropy and features"
+  ),
+  r"maxtext_.*:distill/.*": "what the trainer logs beside the loss",
 }
 
 # Many small programs, each run once or twice: compile them cheaply.
 _jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 _DENSE = {
-    "forward": losses.forward_kl,
-    "reverse": losses.reverse_kl,
-    "jsd": losses.generalized_jsd,
-    "tv": losses.total_variation,
-    "akl": losses.adaptive_kl,
-    "skewed_forward": losses.skew_forward_kl,
-    "skewed_reverse": losses.skew_reverse_kl,
+  "forward": losses.forward_kl,
+  "reverse": losses.reverse_kl,
+  "jsd": losses.generalized_jsd,
+  "tv": losses.total_variation,
+  "akl": losses.adaptive_kl,
+  "skewed_forward": losses.skew_forward_kl,
+  "skewed_reverse": losses.skew_reverse_kl,
 }
 _SPARSE = {
-    "forward": losses.sparse_forward_kl,
-    "reverse": losses.sparse_reverse_kl,
+  "forward": losses.sparse_forward_kl,
+  "reverse": losses.sparse_reverse_kl,
 }
 
 
@@ -105,7 +105,7 @@ def _dense(student, teacher, temperature, where, *, name, options=()):
 def _sparse(student, ids, log_probs, temperature, where, *, name, tail):
   def total(student):
     values = _SPARSE[name](
-        student, ids, log_probs, temperature=temperature, tail=tail
+      student, ids, log_probs, temperature=temperature, tail=tail
     )
     return jnp.sum(values), values
 
@@ -134,8 +134,12 @@ def reproduce(golden):
 
   def dense(name, temperature=one, mask=where, **options):
     return _dense(
-        student, teacher, temperature, mask, name=name,
-        options=tuple(options.items()),
+      student,
+      teacher,
+      temperature,
+      mask,
+      name=name,
+      options=tuple(options.items()),
     )
 
   h = losses.entropy(teacher)
@@ -145,16 +149,16 @@ def reproduce(golden):
   put("distillm_js", dense("jsd", beta=1 - jsd_weight))
   put("distillm_tv", dense("tv"))
   put(
-      "distillm_skewed_forward_kl",
-      dense("skewed_forward", alpha=skew),
-      constant=entropy,
+    "distillm_skewed_forward_kl",
+    dense("skewed_forward", alpha=skew),
+    constant=entropy,
   )
   put("distillm_skewed_reverse_kl", dense("skewed_reverse", alpha=skew))
   put("akl", dense("akl"))
   put(
-      "minima_soft_cross_entropy",
-      dense("forward", mask=everywhere),
-      constant=losses.masked_mean(h),
+    "minima_soft_cross_entropy",
+    dense("forward", mask=everywhere),
+    constant=losses.masked_mean(h),
   )
   for m in golden.match(r"distillkit_dense_(kl|jsd|tvd)_T([\d.]+)"):
     temperature = one * float(m.group(2))
@@ -174,7 +178,7 @@ def reproduce(golden):
       source = "logits" if m.group(1) == "logits_zero" else "logprobs"
       known = jax.nn.log_softmax(golden[f"topk_{source}"] / temperature)
     result = _sparse(
-        student, ids, known, temperature, where, name="forward", tail=tail
+      student, ids, known, temperature, where, name="forward", tail=tail
     )
     put(m.group(0), result, temperature**2)
   for m in golden.match(r"modelopt_logits_kl_(batchmean|sum|none)_T([\d.]+)"):
@@ -195,8 +199,12 @@ def reproduce(golden):
     else:
       top = _top(teacher, meg_temperature, int(m.group(2)))
       result = _sparse(
-          student, *top, meg_temperature, everywhere, name=name,
-          tail="renormalize",
+        student,
+        *top,
+        meg_temperature,
+        everywhere,
+        name=name,
+        tail="renormalize",
       )
     out[m.group(0)], out[m.group(0) + "__gradsum"] = result[0], result[3]
   for m in golden.match(r"tunix_logit_T([\d.]+)_topk(\d+)_soft"):
@@ -206,16 +214,20 @@ def reproduce(golden):
     else:
       top = _top(teacher, temperature, int(m.group(2)))
       result = _sparse(
-          student, *top, temperature, everywhere, name="forward",
-          tail="renormalize",
+        student,
+        *top,
+        temperature,
+        everywhere,
+        name="forward",
+        tail="renormalize",
       )
     out[m.group(0)] = result[1] * temperature**2
   for m in golden.match(r"(maxtext_[a-z0-9]+_step\d+):distill/temperature"):
     temperature = golden[m.group(0)][0]
     for key, scale, at in (
-        ("kl_div_T1", 1, one),
-        ("kl_div_at_T", 1, temperature),
-        ("soft_loss", temperature**2, temperature),
+      ("kl_div_T1", 1, one),
+      ("kl_div_at_T", 1, temperature),
+      ("soft_loss", temperature**2, temperature),
     ):
       values = dense("forward", at)[0]
       total, count = losses.masked_sum_and_count(values, where)
@@ -226,6 +238,6 @@ def reproduce(golden):
 def _top(teacher, temperature, k):
   """(ids, log-probabilities) of the teacher's k largest tokens."""
   log_probs, ids = jax.lax.top_k(
-      jax.nn.log_softmax(teacher / temperature, axis=-1), k
+    jax.nn.log_softmax(teacher / temperature, axis=-1), k
   )
   return ids, log_probs
