@@ -136,10 +136,10 @@ class GaussianMixture(NamedTuple):
   def moments(
       self,
       x: Float[Array, "b *s"],
-      alpha: Float[Array, "#b"] | Number,
-      sigma: Float[Array, "#b"] | Number,
+      alpha: Float[Array, "..."] | Number,
+      sigma: Float[Array, "..."] | Number,
       *,
-      labels: Int[Array, "#b"] | int | None = None,
+      labels: Int[Array, "..."] | int | None = None,
   ) -> tuple[Float[Array, "b *s"], Float[Array, "b *s"]]:
     """(E[x0 | x_t = x], E[noise | x_t = x]) at levels given as numbers.
 
@@ -169,10 +169,10 @@ class GaussianMixture(NamedTuple):
   def score(
       self,
       x: Float[Array, "b *s"],
-      alpha: Float[Array, "#b"] | Number = 1.0,
-      sigma: Float[Array, "#b"] | Number = 0.0,
+      alpha: Float[Array, "..."] | Number = 1.0,
+      sigma: Float[Array, "..."] | Number = 0.0,
       *,
-      labels: Int[Array, "#b"] | int | None = None,
+      labels: Int[Array, "..."] | int | None = None,
   ) -> Float[Array, "b *s"]:
     """Gradient of `log_prob` in x, at sigma = 0 too. As `moments`."""
     flat = self._flat("score", x)
@@ -186,10 +186,10 @@ class GaussianMixture(NamedTuple):
   def log_prob(
       self,
       x: Float[Array, "b *s"],
-      alpha: Float[Array, "#b"] | Number = 1.0,
-      sigma: Float[Array, "#b"] | Number = 0.0,
+      alpha: Float[Array, "..."] | Number = 1.0,
+      sigma: Float[Array, "..."] | Number = 0.0,
       *,
-      labels: Int[Array, "#b"] | int | None = None,
+      labels: Int[Array, "..."] | int | None = None,
   ) -> Float[Array, "b"]:
     """Log-density of x_t in nats; of the data by default. As `moments`."""
     flat = self._flat("log_prob", x)
@@ -199,12 +199,12 @@ class GaussianMixture(NamedTuple):
   def predict(
       self,
       x_t: Float[Array, "b *s"],
-      t: Float[Array, "#b"] | Number,
+      t: Float[Array, "..."] | Number,
       *,
       path: path_lib.NoisePath,
       target: str = "x0",
-      labels: Int[Array, "#b"] | int | None = None,
-      guidance: Float[Array, "#b"] | Number | None = None,
+      labels: Int[Array, "..."] | int | None = None,
+      guidance: Float[Array, "..."] | Number | None = None,
   ) -> Float[Array, "b *s"]:
     """The best prediction of any kind at time t of a path.
 
@@ -255,8 +255,8 @@ class GaussianMixture(NamedTuple):
       path: path_lib.NoisePath,
       target: str = "x0",
       *,
-      labels: Int[Array, "#b"] | int | None = None,
-      guidance: Float[Array, "#b"] | Number | None = None,
+      labels: Int[Array, "..."] | int | None = None,
+      guidance: Float[Array, "..."] | Number | None = None,
   ) -> Callable[[Array, Array], Array]:
     """`predict` as a closure (x, t) -> prediction: a perfect teacher."""
 
@@ -270,12 +270,12 @@ class GaussianMixture(NamedTuple):
   def probability_flow(
       self,
       x: Float[Array, "b *s"],
-      t: Float[Array, "#b"] | Number,
-      r: Float[Array, "#b"] | Number,
+      t: Float[Array, "..."] | Number,
+      r: Float[Array, "..."] | Number,
       *,
       path: path_lib.NoisePath,
-      labels: Int[Array, "#b"] | int | None = None,
-      guidance: Float[Array, "#b"] | Number | None = None,
+      labels: Int[Array, "..."] | int | None = None,
+      guidance: Float[Array, "..."] | Number | None = None,
       steps: int = 128,
       unroll: bool | int = 1,
   ) -> Float[Array, "b *s"]:
@@ -344,8 +344,8 @@ class GaussianMixture(NamedTuple):
   def mean_velocity(
       self,
       x: Float[Array, "b *s"],
-      t: Float[Array, "#b"] | Number,
-      r: Float[Array, "#b"] | Number,
+      t: Float[Array, "..."] | Number,
+      r: Float[Array, "..."] | Number,
       *,
       path: path_lib.NoisePath,
       steps: int = 128,
@@ -583,8 +583,8 @@ def gaussian(mean, std, *, rotations=None) -> GaussianMixture:
 def gaussian_flow_map(
     mixture: GaussianMixture,
     x: Float[Array, "b d"],
-    t: Float[Array, "#b"] | Number,
-    r: Float[Array, "#b"] | Number,
+    t: Float[Array, "..."] | Number,
+    r: Float[Array, "..."] | Number,
     *,
     path: path_lib.NoisePath,
 ) -> Float[Array, "b d"]:

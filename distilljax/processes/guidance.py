@@ -18,7 +18,7 @@ CONVENTIONS = ("interpolation", "extra", "mean_flow")
 def guide(
     uncond: Float[Array, "b *s"],
     cond: Float[Array, "b *s"],
-    guidance: Float[Array, "#b"] | Number,
+    guidance: Float[Array, "..."] | Number,
 ) -> Float[Array, "b *s"]:
   """uncond + guidance (cond - uncond).
 
@@ -59,7 +59,7 @@ def guide(
 def guided(
     uncond_fn: PredictionFn,
     cond_fn: PredictionFn,
-    guidance: Float[Array, "#b"] | Number,
+    guidance: Float[Array, "..."] | Number,
 ) -> PredictionFn:
   """`guide` for closures: (x, t) -> the guided prediction, two calls."""
 
