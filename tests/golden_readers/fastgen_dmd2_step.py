@@ -36,14 +36,15 @@ def network(net, x, embedding, t, skip):
 def reproduce(golden):
   skip, w = golden.number("skip"), golden.number("guidance_scale")
   gan_weight = golden.number("gan_loss_weight_gen")
-  r1_weight, r1_alpha = golden.number("r1_weight"), golden.number("r1_alpha")
+  r1_weight = golden.number("r1_weight", 0.0)
+  r1_alpha = golden.number("r1_alpha", 0.0)
   kind = KINDS[golden.number("fake_score_pred_type")]
   student, teacher, fake, head = (
       golden.inputs(f"{name}_", r"[Wbuwc]")
       for name in ("student", "teacher", "fake", "head")
   )
   names = "real z input_student t_student t eps cond neg_cond r1_noise"
-  batch = {name: golden[name] for name in names.split()}
+  batch = {name: golden[name] for name in names.split() if name in golden}
   path = processes.RectifiedFlow()
 
   def logits(head, x, d):
@@ -87,9 +88,11 @@ def reproduce(golden):
     gan = losses.masked_mean(
         losses.gan_discriminator_loss(real, logits(head, x_t, d))
     )
-    # The official code perturbs clean data and does not noise it again.
-    perturbed = logits(head, d["real"] + r1_alpha * d["r1_noise"], d)
-    r1 = losses.masked_mean(losses.approximate_r1(real, perturbed))
+    r1 = jnp.zeros_like(gan)
+    if "r1_noise" in d:
+      # The official code perturbs clean data and does not noise it again.
+      perturbed = logits(head, d["real"] + r1_alpha * d["r1_noise"], d)
+      r1 = losses.masked_mean(losses.approximate_r1(real, perturbed))
     return score + gan + r1_weight * r1, (score, gan, r1)
 
   @jax.jit
@@ -118,4 +121,4 @@ def reproduce(golden):
       "critic_grad_head": head_grad,
   }.items():
     values |= {f"{prefix}_{name}": value for name, value in tree.items()}
-  return values
+  return {k: v for k, v in values.items() if k in golden}

@@ -116,7 +116,8 @@ def f_distill(golden):
       "t_max": golden.number("fd_max_t"),
       "rate": golden.number("fd_ema_rate"),
   }
-  kinds = [m.group(1) for m in golden.match(r"fd_(\w+)_bins_after")]
+  found = golden.match(r"fd_(\w+?)_(?:bins_after|norm\d_h\d+)")
+  kinds = dict.fromkeys(m.group(1) for m in found)
 
   @jax.jit
   def run():
@@ -137,13 +138,14 @@ def f_distill(golden):
       out[f"fd_{kind}_bins_after"] = histogram
     return out
 
-  return {k: v for k, v in run().items() if k in golden}
+  return run()
 
 
 def reproduce(golden):
-  return (
+  out = (
       matching(golden)
       | denoising(golden)
       | adversarial(golden)
       | f_distill(golden)
   )
+  return {k: v for k, v in out.items() if k in golden}

@@ -57,7 +57,7 @@ def reproduce(golden):
   def run(noises):
     return {
         (case, stage): jax.grad(stages[stage][0])(
-            stages[stage][1], noises[case, stage], KINDS[case]
+            stages[stage][1], noises[case, stage], KINDS[case.split("_")[-1]]
         )
         for case, stage in noises
     }

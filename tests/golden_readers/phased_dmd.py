@@ -33,7 +33,8 @@ def reproduce(golden):
   )
   w = golden.number("cfg_scale")
   arrays = {name: golden[name] for name in names.split()}
-  shape = golden.theirs("alpha_t_given_s").shape
+  # The official coefficients come shaped to broadcast over the samples.
+  shape = (-1,) + (1,) * (arrays["xs"].ndim - 1)
 
   def matching(latents, teacher_x0, fake_x0):
     direction = losses.dmd_direction(

@@ -32,7 +32,7 @@ def reproduce(golden):
   real_net, fake_net = golden.inputs("real_"), golden.inputs("fake_")
   x, cond, uncond = (golden[k] for k in ("latents", "cond", "uncond"))
   sigmas, steps = golden["scheduler_sigmas"], golden["scheduler_timesteps"]
-  mask = golden["gradient_mask"]
+  mask = golden["gradient_mask"] if "gradient_mask" in golden else None
   path = processes.RectifiedFlow()
   draws = {
       name: (golden[f"{name}_raw_timestep"], golden[f"{name}_noise"])
@@ -79,7 +79,7 @@ def reproduce(golden):
     )
 
   dmd, masked, sid, dmd_time, sid_time = run(draws)
-  return {
+  out = {
       "dmd_loss": dmd[0],
       "dmd_grad_latents": dmd[1],
       "dmd_masked_loss": masked[0],
@@ -89,3 +89,4 @@ def reproduce(golden):
       "dmd_timestep": dmd_time,
       "sid_timestep": sid_time,
   }
+  return {k: v for k, v in out.items() if k in golden}
