@@ -137,20 +137,25 @@ def _unet_numpy(p, x, t, r, label):
     h = _conv(p["conv_out"], _silu(_group_norm(h, 8) * (1 + scale) + shift))
     return (_linear(p["skip"], x) if "skip" in p else x) + h
 
+  def join(h, skips, i):
+    for j in range(len(skips)):
+      h = block(p[f"up_{i}_{j}"], np.concatenate([h, skips[-1 - j]], -1))
+    return h
+
+  blocks = 2 if "down_0_1" in p else 1
   h = _linear(p["stem"], _patches(x))
-  a = h = block(p["down_0_0"], h)
-  b = h = block(p["down_0_1"], h)
+  first, second = [], []
+  for j in range(blocks):
+    h = block(p[f"down_0_{j}"], h)
+    first.append(h)
   h = _conv(p["downsample_0"], h, stride=2)
-  d = h = block(p["down_1_0"], h)
-  e = h = block(p["down_1_1"], h)
+  for j in range(blocks):
+    h = block(p[f"down_1_{j}"], h)
+    second.append(h)
   bottom = h = block(p["bottom"], h)
-  h = block(p["up_1_0"], np.concatenate([h, e], -1))
-  h = block(p["up_1_1"], np.concatenate([h, d], -1))
-  h = _linear(p["upsample_0"], h)
-  rows, columns = np.arange(a.shape[1]) // 2, np.arange(a.shape[2]) // 2
-  h = h[:, rows][:, :, columns]
-  h = block(p["up_0_0"], np.concatenate([h, b], -1))
-  h = block(p["up_0_1"], np.concatenate([h, a], -1))
+  h = _linear(p["upsample_0"], join(h, second, 1))
+  rows, columns = (np.arange(n) // 2 for n in first[0].shape[1:3])
+  h = join(h[:, rows][:, :, columns], first, 0)
   h = _linear(p["head"], _silu(_group_norm(h, 8)))
   return _pixels(h, 2), bottom
 
@@ -230,17 +235,12 @@ def test_missing_label_is_the_null_class_and_missing_r_is_t(kind):
   x, t, _, _ = _inputs(kind)
   x, t = jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.float32)
 
-  @jax.jit
-  def both(params, x, t):
-    null = jnp.full(4, 3)
-    return (
-        network.apply_fn(params, x, t),
-        network.apply_fn(params, x, t, label=null, r=t),
-        network.apply_fn(params, x, t, label=null, r=jnp.zeros(4)),
-        network.apply_fn(params, x, t, label=null - 1, r=t),
-    )
-
-  plain, null, other_r, other_label = both(params, x, t)
+  fn = jax.jit(network.apply_fn)
+  null = jnp.full(4, 3)
+  plain = fn(params, x, t)
+  other_r = fn(params, x, t, label=null, r=jnp.zeros(4))
+  other_label = fn(params, x, t, label=null - 1, r=t)
+  null = fn(params, x, t, label=null, r=t)
   np.testing.assert_array_equal(plain, null)
   assert float(jnp.max(jnp.abs(plain - other_r))) > 1e-3
   assert float(jnp.max(jnp.abs(plain - other_label))) > 1e-3
@@ -285,63 +285,60 @@ def test_second_time_is_learnt_though_it_starts_at_zero():
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_jvp_in_x_t_and_r_is_the_slope(kind, x64):
-  network = _small(kind, second_time=True)
+  network = _small(kind, num_classes=3, second_time=True)
   params = _perturbed(network.params)
   x, t, r, _ = (jnp.asarray(a) for a in _inputs(kind))
   v = jnp.sin(x * 7)
   dt, dr = jnp.linspace(0.5, 1.0, 4), jnp.linspace(-1.0, 0.3, 4)
 
-  @jax.jit
-  def both(params, x, t, r):
-    fn = lambda x, t, r: network.apply_fn(params, x, t, r=r)
-    _, tangent = jax.jvp(fn, (x, t, r), (v, dt, dr))
-    h = 1e-6
-    ahead = fn(x + h * v, t + h * dt, r + h * dr)
-    behind = fn(x - h * v, t - h * dt, r - h * dr)
-    return tangent, (ahead - behind) / (2 * h)
-
-  tangent, slope = both(params, x, t, r)
+  jitted = jax.jit(lambda params, x, t, r: network.apply_fn(params, x, t, r=r))
+  fn = lambda x, t, r: jitted(params, x, t, r)
+  _, tangent = jax.jvp(fn, (x, t, r), (v, dt, dr))
+  h = 1e-6
+  ahead = fn(x + h * v, t + h * dt, r + h * dr)
+  behind = fn(x - h * v, t - h * dt, r - h * dr)
+  slope = (ahead - behind) / (2 * h)
   np.testing.assert_allclose(tangent, slope, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_low_precision_parameters_compute_low_and_return_float32(kind, strict):
   network = _small(kind, num_classes=3, second_time=True)
-  full = _perturbed(network.params, np.float32)
-  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), full)
+  params = _perturbed(network.params, jnp.bfloat16)
   x, t, r, label = _inputs(kind)
-  x, t, r = (jnp.asarray(a, jnp.float32) for a in (x, t, r))
-  fn = jax.jit(
-      lambda p: network.apply_fn(p, x, t, label=label, r=r, features=True)
-  )
-  out, features = fn(params)
+
+  def fn(params, x, t, r):
+    return network.apply_fn(params, x, t, label=label, r=r, features=True)
+
+  arrays = [jnp.asarray(a, jnp.float32) for a in (x, t, r)]
+  out, features = jax.jit(fn)(params, *arrays)
   assert out.dtype == features.dtype == jnp.float32
-  products = [
-      eqn
-      for eqn in jax.make_jaxpr(fn)(params).eqns[0].params["jaxpr"].eqns
-      if eqn.primitive.name in ("dot_general", "conv_general_dilated")
-  ]
+  products = _products(fn, params, *arrays)
   assert len(products) > 5
   assert {str(e.outvars[0].aval.dtype) for e in products} == {"bfloat16"}
-  want, _ = fn(full)
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  want, _ = _NUMPY[kind](p, x, t, r, label)
   # bfloat16 keeps 8 bits; a few dozen roundings stay within 10 % of the scale.
-  error = float(jnp.sqrt(jnp.mean((out - want) ** 2) / jnp.mean(want**2)))
+  error = float(np.sqrt(np.mean((out - want) ** 2) / np.mean(want**2)))
   assert error < 0.1
 
 
-@pytest.mark.parametrize("kind", ("unet", "dit"))
-def test_fresh_image_networks_give_zero(kind):
-  network = _small(kind)
-  x, t, _, _ = (jnp.asarray(a, jnp.float32) for a in _inputs(kind))
-  out = jax.jit(network.apply_fn)(network.params, x, t)
-  np.testing.assert_array_equal(out, np.zeros(x.shape))
+def _products(fn, *args):
+  return [
+      eqn
+      for eqn in jax.make_jaxpr(fn)(*args).eqns
+      if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+  ]
 
 
-def test_unet_starts_with_blocks_that_pass_their_input_on(key):
-  network = _small("unet")
+def test_what_must_start_at_zero_does(key):
+  for kind in ("unet", "dit"):
+    head = _small(kind, num_classes=3).params["head"]
+    assert not any(np.asarray(a).any() for a in head.values())
+  network = _small("unet", num_classes=3)
   for name in ("down_0_0", "bottom", "up_1_0"):
     assert not np.asarray(network.params[name]["conv_out"]["kernel"]).any()
-  network = _small("dit")
+  network = _small("dit", num_classes=3)
   for name in ("block_0", "block_2"):
     assert not np.asarray(network.params[name]["modulation"]["kernel"]).any()
   assert not np.asarray(network.params["modulation"]["kernel"]).any()
@@ -397,11 +394,11 @@ def test_modules_can_be_built_with_nnx_rngs(key):
 
   from distilljax.models import mlp
 
-  network = models.from_nnx(mlp.MLP(dim=2, width=64, rngs=nnx.Rngs(0)))
-  made = models.make("mlp", key, dim=2, width=64)
+  network = models.from_nnx(mlp.MLP(width=64, depth=1, rngs=nnx.Rngs(0)))
+  made = models.make("mlp", key, width=64, depth=1)
   assert jax.tree.structure(network.params) == jax.tree.structure(made.params)
-  kernel = network.params["hidden_1"]["kernel"]
-  ratio = float(jnp.mean(kernel**2)) * 64
+  kernel = network.params["hidden_0"]["kernel"]
+  ratio = float(jnp.mean(kernel**2)) * (2 + 64)
   assert abs(ratio - 1) < 5 * np.sqrt(2 / kernel.size)
 
 
@@ -544,16 +541,16 @@ def test_convolutions_agree_with_loops(stride, size, x64):
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_unet_is_the_same_with_either_convolution():
-  native, dot = _small("unet"), _small("unet", conv="dot")
-  params = _perturbed(native.params, np.float32)
+def test_unet_uses_the_convolution_it_is_told():
   x, t, _, _ = (jnp.asarray(a, jnp.float32) for a in _inputs("unet"))
-  np.testing.assert_allclose(
-      jax.jit(native.apply_fn)(params, x, t),
-      jax.jit(dot.apply_fn)(params, x, t),
-      rtol=1e-3,
-      atol=1e-4,
-  )
+  convolutions = []
+  for conv in ("native", "dot"):
+    network = _small("unet", conv=conv)
+    found = _products(network.apply_fn, network.params, x, t)
+    names = [e.primitive.name for e in found]
+    convolutions.append(names.count("conv_general_dilated"))
+  # Two a block (two levels down and up, one at the bottom), one between levels.
+  assert convolutions == [2 * 5 + 1, 0]
 
 
 def test_patches_and_pixels_are_inverse():
