@@ -46,7 +46,7 @@ def _network(params, labels, x, t, r):
 def _case(params, x, e, t, r, labels, inputs, loss, guide):
   loss, guide = dict(loss), dict(guide)
   net = functools.partial(_network, params)
-  x_t, v = _path(x, e, t)
+  x_t, v = losses.straight_path(x, e, t)
   out = {}
   if guide:
     null = jnp.full_like(labels, params["E"].shape[0] - 1)
@@ -75,11 +75,6 @@ def _case(params, x, e, t, r, labels, inputs, loss, guide):
       x, net(labels, x, solver_t, solver_r), solver_t, solver_r
   )
   return out
-
-
-def _path(x, e, t):
-  t = t[:, None, None, None]
-  return (1 - t) * x + t * e, e - x
 
 
 def reproduce(golden):

@@ -132,7 +132,7 @@ def test_mmd_gradient(x64, setting):
     bump = jnp.zeros_like(x).at[i, j].set(h)
     slope = (call(x + bump, y) - call(x - bump, y)) / (2 * h)
     np.testing.assert_allclose(grads[0][i, j], slope, rtol=1e-6)
-  if setting["kernel"] == "rbf":
+  if setting == {"kernel": "rbf", "unbiased": False}:
     fixed = float(losses.median_bandwidth(x, y))
     moving = jax.grad(mmd)(x, y, **setting)
     np.testing.assert_allclose(
@@ -182,7 +182,7 @@ def test_mmd_is_a_statistic_of_sets(setting, seed):
 
 
 _JITTED = {
-    name: jax.jit(functools.partial(mmd, **setting))
+    name: jax.jit(functools.partial(losses.mmd, **setting, scale=1.3))
     for name, setting in zip(IDS, SETTINGS)
 }
 
@@ -192,27 +192,39 @@ def test_extremes(setting):
   """Too few rows give 0 with gradient 0; equal points do not divide by 0."""
   x, y = sets(0, jnp.float32)
   few = jnp.arange(N) < (1 if setting["unbiased"] else 0)
-  call = functools.partial(mmd, **setting)
-  value, grad = jax.value_and_grad(call)(x, y, where_x=few)
+  call = jax.jit(functools.partial(mmd, **setting, scale=1.3))
+  run = jax.jit(jax.value_and_grad(call))
+  every_x, every_y = jnp.ones(N, bool), jnp.ones(M, bool)
+  value, grad = run(x, y, where_x=few, where_y=every_y)
   assert value == 0 and not np.any(grad)
-  value = call(x, y, where_y=jnp.arange(M) < (1 if setting["unbiased"] else 0))
-  assert value == 0
-  same = jnp.ones((3, 2))
-  value, grad = jax.value_and_grad(call)(same, same)
-  assert value == 0 and np.isfinite(grad).all()
+  value, grad = run(x, y, where_x=every_x, where_y=few[:M])
+  assert value == 0 and not np.any(grad)
+  # Sets alike: terms of size 9 or less cancel to float32 rounding.
+  same = jnp.ones((N, D))
+  value, grad = run(same, same[:M], where_x=every_x, where_y=every_y)
+  assert abs(value) < 9 * 2**-23 * 4 and np.isfinite(grad).all()
+
+
+def test_points_that_all_coincide_have_a_bandwidth():
+  """A median distance of 0 must not be divided by."""
+  same = jnp.ones((N, D))
+  value, grad = jax.jit(
+      jax.value_and_grad(functools.partial(losses.mmd, kernel="rbf"))
+  )(same, same[:M])
+  assert abs(value) < 9 * 2**-23 * 4 and np.isfinite(grad).all()
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
 def test_precision(setting, strict):
   x, y = sets(0, jnp.bfloat16)
-  out = mmd(x, y, **setting)
+  out = mmd(x, y, **setting, scale=1.3)
   assert out.dtype == jnp.float32
   wide = mmd(
-      x.astype(jnp.float32), y.astype(jnp.float32), **setting
+      x.astype(jnp.float32), y.astype(jnp.float32), **setting, scale=1.3
   )
   np.testing.assert_array_equal(out, wide)  # promoted before anything else
   with jax.enable_x64(True):
-    out = mmd(*sets(0, jnp.float64), **setting)
+    out = mmd(*sets(0, jnp.float64), **setting, scale=1.3)
     assert out.dtype == jnp.float64
 
 
