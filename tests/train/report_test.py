@@ -230,6 +230,14 @@ class TestPage:
         ["total", "197.3 s", "259.3 s", "6.5 s"],
     ]
 
+  def test_csv_of_times(self, written):
+    path, _, _ = written
+    assert (path.parent / "report" / "timing.csv").read_text() == (
+        "stage,seconds,cpu_seconds,compile_seconds\n"
+        "teacher,92.4,118,6.5\n"
+        "dmd2,104.94,141.3,\n"
+    )
+
   def test_guard_and_how_to_reproduce(self, written):
     _, page, reader = written
     assert _text(reader.tables[2]) == [
