@@ -32,7 +32,8 @@ def reproduce(golden):
   real_net, fake_net = golden.inputs("real_"), golden.inputs("fake_")
   x, cond, uncond = (golden[k] for k in ("latents", "cond", "uncond"))
   sigmas, steps = golden["scheduler_sigmas"], golden["scheduler_timesteps"]
-  mask = golden["gradient_mask"] if "gradient_mask" in golden else None
+  masked = "gradient_mask" in golden
+  mask = golden["gradient_mask"] if masked else None
   path = processes.RectifiedFlow()
   draws = {
       name: (golden[f"{name}_raw_timestep"], golden[f"{name}_noise"])
@@ -78,12 +79,12 @@ def reproduce(golden):
         warped(draws["sid"][0]),
     )
 
-  dmd, masked, sid, dmd_time, sid_time = run(draws)
+  dmd, dmd_masked, sid, dmd_time, sid_time = run(draws)
   out = {
       "dmd_loss": dmd[0],
       "dmd_grad_latents": dmd[1],
-      "dmd_masked_loss": masked[0],
-      "dmd_masked_grad": masked[1],
+      "dmd_masked_loss": dmd_masked[0],
+      "dmd_masked_grad": dmd_masked[1],
       "sid_loss": sid[0],
       "sid_grad_latents": sid[1],
       "dmd_timestep": dmd_time,
