@@ -109,10 +109,9 @@ def check_support(
 
 def promote(*arrays: Any) -> list[Any]:
   """Arrays in their widest dtype, at least float32; None is passed over."""
-  dtype = jnp.dtype(jnp.float32)
-  for array in arrays:
-    if array is not None:
-      dtype = jnp.promote_types(dtype, jnp.asarray(array).dtype)
+  # By hand: under strict promotion JAX refuses to name the wider of the two.
+  dtypes = [jnp.asarray(a).dtype for a in arrays if a is not None]
+  dtype = jnp.float64 if jnp.float64 in dtypes else jnp.float32
   return [None if a is None else jnp.asarray(a).astype(dtype) for a in arrays]
 
 
