@@ -24,7 +24,7 @@ import pathlib
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,6 +168,17 @@ def _rate(steps: int, peak: float) -> optax.Schedule:
   return optax.cosine_onecycle_schedule(steps, peak, pct_start=0.2)
 
 
+def _rows(seed: int, n: int, batch_size: int) -> Iterator[np.ndarray]:
+  """Row numbers of one batch after another; every pass meets every row once."""
+  rng = np.random.default_rng([seed, 1])
+  order = np.zeros((0,), np.int64)
+  while True:
+    while len(order) < batch_size:
+      order = np.concatenate([order, rng.permutation(n)])
+    yield order[:batch_size]
+    order = order[batch_size:]
+
+
 def _fit(x, label, classes, hyper, progress) -> Params:
   """Trains from scratch; every number that matters comes from `hyper`."""
   batch_size = hyper["batch_size"]
@@ -188,12 +199,8 @@ def _fit(x, label, classes, hyper, progress) -> Params:
 
   params = _init(hyper["seed"], x.shape[1:], classes)
   opt_state = optimizer.init(params)
-  rng = np.random.default_rng([hyper["seed"], 1])
-  order = np.zeros((0,), np.int64)
-  for i in range(steps):
-    while len(order) < batch_size:
-      order = np.concatenate([order, rng.permutation(len(x))])
-    rows, order = order[:batch_size], order[batch_size:]
+  batches = _rows(hyper["seed"], len(x), batch_size)
+  for i, rows in zip(range(steps), batches):
     params, opt_state, loss = step(params, opt_state, x[rows], label[rows])
     # Reading the loss waits for the device, so not at every step.
     if progress is not None and (i % 20 == 19 or i == steps - 1):

@@ -153,6 +153,17 @@ class TestTraining:
     # No held-out images: the accuracy is that on the training images.
     assert made.accuracy == made.train_accuracy
 
+  @pytest.mark.parametrize("batch_size", [4, 25])
+  def test_every_pass_meets_every_row_once(self, batch_size):
+    batches = list(zip(range(20), classifier_lib._rows(0, 10, batch_size)))
+    assert all(len(rows) == batch_size for _, rows in batches)
+    order = np.concatenate([rows for _, rows in batches])
+    passes = order[: len(order) // 10 * 10].reshape(-1, 10)
+    np.testing.assert_array_equal(
+        np.sort(passes, axis=1), np.tile(np.arange(10), (len(passes), 1))
+    )
+    assert (passes[0] != passes[1]).any()
+
   def test_rate(self):
     rate = classifier_lib._rate(100, 2.0)
     assert float(rate(0)) == pytest.approx(2.0 / 25)
@@ -259,6 +270,28 @@ class TestCache:
     monkeypatch.setattr(classifier_lib, "_VERSION", -1)
     names.append(name([x, label]))
     assert len(set(names)) == len(names)
+
+  def test_other_held_out_images_other_accuracy(
+      self, trained, toy, tmp_path, monkeypatch
+  ):
+    params = trained[0].params
+    monkeypatch.setattr(classifier_lib, "_fit", lambda *a: params)
+    train, test = toy
+    # A third of the labels of each set is wrong, the rest right.
+    wrong = lambda d: {
+        "x": d["x"],
+        "label": np.where(
+            np.arange(len(d["x"])) % 3 == 0, (d["label"] + 1) % 3, d["label"]
+        ),
+    }
+    first = evals.train_classifier(train, test, cache=tmp_path)
+    second = evals.train_classifier(train, wrong(test), cache=tmp_path)
+    assert not second.from_cache
+    assert first.accuracy > 0.95 and second.accuracy < 0.7
+    third = evals.train_classifier(wrong(train), test, cache=tmp_path)
+    # Of all 96 rows: fewer than 2000.
+    right = trained[0].predict(train["x"]) == wrong(train)["label"]
+    assert third.train_accuracy == np.mean(right)
 
   def test_folder(self, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLJAX_CACHE", str(tmp_path))
