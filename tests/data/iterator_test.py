@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from distilljax import data
+from distilljax.data import iterator as iterator_module
 from tests.helpers import one_line_error
 
 
@@ -139,6 +140,15 @@ def test_augmentation_draws_every_move_equally_often(augment, flips, shifts):
   assert np.abs(counts - 4000 * p).max() < 5 * np.sqrt(4000 * p * (1 - p))
   assert len(set(seen)) == 40  # a batch number draws anew
   assert arrays["x"].shape == (100, 5, 6, 2)
+
+
+def test_a_shift_goes_down_and_right():
+  x = np.random.default_rng(0).normal(size=(3, 5, 6, 1))
+  moves = [(False, 1, 2), (True, -2, 1), (True, 0, -1)]
+  flips, down, right = (np.asarray(a) for a in zip(*moves))
+  out = iterator_module._augmented(x, flips, np.stack([down, right], 1))
+  for image, row, move in zip(x, out, moves):
+    np.testing.assert_array_equal(row, _moved(image, *move))
 
 
 def test_augmentation_is_part_of_the_state_and_of_the_seed():
