@@ -16,6 +16,7 @@ right reaches `probability_flow`.
   target = mixture.probability_flow(noise, 1.0, 0.0, path=path)
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,34 +72,43 @@ class GaussianMixture(NamedTuple):
     dtype = np.promote_types(x.dtype, self.means.dtype)
     return jnp.reshape(x.astype(dtype), (x.shape[0], size))
 
-  def _columns(self, fn: str, x, **levels):
-    """Levels as [b, 1, 1] in x's dtype."""
+  def _levels(self, fn: str, x, **levels):
+    """Levels as [b] or [] in x's dtype, checked."""
     out = []
     for name, level in levels.items():
       level = jnp.asarray(level, x.dtype)
       if level.ndim:
         _checks.per_row(f"GaussianMixture.{fn}", "x", x, **{name: level})
-      level = jnp.broadcast_to(level, x.shape[:1])
-      out.append(level[:, None, None])
+      out.append(level)
     return out
 
-  def _log_weights(self, fn: str, b: int, labels, dtype) -> Array:
+  def _labels(self, fn: str, labels) -> Array | None:
+    """Labels as an array, checked."""
+    if labels is None:
+      return None
+    fn = f"GaussianMixture.{fn}"
+    labels = jnp.asarray(labels)
+    _checks.integer(fn, labels=labels)
+    _checks.holds(
+        fn, "labels", labels,
+        lambda y: jnp.any(
+            y[..., None] == jnp.reshape(
+                self.classes.astype(y.dtype), (1,) * y.ndim + (-1,)
+            ),
+            axis=-1,
+        ),
+        "classes of the mixture",
+    )
+    return labels
+
+  def _log_weights(self, b: int, labels, dtype) -> Array:
     """[b, k] log weights, normalised within each row's class."""
     logits = jnp.broadcast_to(
         jnp.log(self.weights.astype(dtype))[None, :], (b, len(self.weights))
     )
     if labels is None:
       return logits
-    labels = jnp.asarray(labels)
-    _checks.integer(f"GaussianMixture.{fn}", labels=labels)
     labels = jnp.broadcast_to(labels, (b,))
-    _checks.holds(
-        f"GaussianMixture.{fn}", "labels", labels,
-        lambda y: jnp.any(
-            y[:, None] == self.classes.astype(y.dtype)[None, :], axis=1
-        ),
-        "classes of the mixture",
-    )
     same = labels[:, None] == self.classes.astype(labels.dtype)[None, :]
     logits = jnp.where(same, logits, -jnp.inf)
     return jax.nn.log_softmax(logits, axis=1)
@@ -112,14 +122,16 @@ class GaussianMixture(NamedTuple):
         y, self.rotations.astype(y.dtype), precision="highest",
     )
 
-  def _parts(self, fn: str, x, alpha, sigma, labels):
+  def _parts(self, x, alpha, sigma, labels):
     """Everything that the closed forms share, at flat x [b, d].
 
     Returns:
       (log joint density of row and component [b, k], C_k^-1 (x - alpha m_k) in
       the components' axes [b, k, d], alpha [b, 1, 1], sigma [b, 1, 1]).
     """
-    alpha, sigma = self._columns(fn, x, alpha=alpha, sigma=sigma)
+    alpha, sigma = (
+        jnp.broadcast_to(a, x.shape[:1])[:, None, None] for a in (alpha, sigma)
+    )
     difference = x[:, None, :] - alpha * self.means.astype(x.dtype)[None]
     difference = self._rotate(difference, back=False)
     variance = (
@@ -130,7 +142,7 @@ class GaussianMixture(NamedTuple):
     log_normal = -0.5 * jnp.sum(
         difference * whitened + jnp.log(2 * jnp.pi * variance), axis=2
     )
-    logits = self._log_weights(fn, x.shape[0], labels, x.dtype)
+    logits = self._log_weights(x.shape[0], labels, x.dtype)
     return logits + log_normal, whitened, alpha, sigma
 
   def moments(
@@ -153,17 +165,8 @@ class GaussianMixture(NamedTuple):
       Two arrays of x's shape, at least float32.
     """
     flat = self._flat("moments", x)
-    log_joint, whitened, alpha, sigma = self._parts(
-        "moments", flat, alpha, sigma, labels
-    )
-    posterior = jax.nn.softmax(log_joint, axis=1)[:, :, None]
-    pull = jnp.square(self.scales.astype(flat.dtype))[None] * whitened
-    mean = self.means.astype(flat.dtype)[None] + alpha * self._rotate(
-        pull, back=True
-    )
-    noise = sigma * self._rotate(whitened, back=True)
-    x0 = jnp.sum(posterior * mean, axis=1)
-    noise = jnp.sum(posterior * noise, axis=1)
+    levels = self._levels("moments", flat, alpha=alpha, sigma=sigma)
+    x0, noise = _moments(self, flat, *levels, self._labels("moments", labels))
     return jnp.reshape(x0, x.shape), jnp.reshape(noise, x.shape)
 
   def score(
@@ -176,11 +179,8 @@ class GaussianMixture(NamedTuple):
   ) -> Float[Array, "b *s"]:
     """Gradient of `log_prob` in x, at sigma = 0 too. As `moments`."""
     flat = self._flat("score", x)
-    log_joint, whitened, _, _ = self._parts(
-        "score", flat, alpha, sigma, labels
-    )
-    posterior = jax.nn.softmax(log_joint, axis=1)[:, :, None]
-    score = -jnp.sum(posterior * self._rotate(whitened, back=True), axis=1)
+    levels = self._levels("score", flat, alpha=alpha, sigma=sigma)
+    score = _score(self, flat, *levels, self._labels("score", labels))
     return jnp.reshape(score, x.shape)
 
   def log_prob(
@@ -193,8 +193,9 @@ class GaussianMixture(NamedTuple):
   ) -> Float[Array, "b"]:
     """Log-density of x_t in nats; of the data by default. As `moments`."""
     flat = self._flat("log_prob", x)
-    log_joint, _, _, _ = self._parts("log_prob", flat, alpha, sigma, labels)
-    return jax.nn.logsumexp(log_joint, axis=1)
+    levels = self._levels("log_prob", flat, alpha=alpha, sigma=sigma)
+    labels = self._labels("log_prob", labels)
+    return jax.nn.logsumexp(_log_joint(self, flat, *levels, labels), axis=1)
 
   def predict(
       self,
@@ -225,30 +226,20 @@ class GaussianMixture(NamedTuple):
     """
     fn = "GaussianMixture.predict"
     _checks.one_of(fn, "target", target, path.predictions)
-    if guidance is not None:
-      if labels is None:
-        _checks.fail(fn, "labels", "given when guidance is", None)
-      shared = {"path": path, "target": target}
-      uncond = self.predict(x_t, t, **shared)
-      cond = self.predict(x_t, t, labels=labels, **shared)
-      scale = jnp.broadcast_to(
-          jnp.asarray(guidance, cond.dtype), cond.shape[:1]
-      )
-      scale = _checks.expand_like(scale, cond)
-      return uncond + scale * (cond - uncond)
-    if path.velocity_starts and target == "velocity":
-      t = jnp.maximum(jnp.asarray(t, jnp.result_type(float)), path.end_clamp)
-    c = path.coefficients(t)
-    if target == "score":
-      return self.score(x_t, c.alpha, c.sigma, labels=labels)
-    x0, noise = self.moments(x_t, c.alpha, c.sigma, labels=labels)
-    of_x0, of_noise = (
-        _checks.expand_like(
-            jnp.broadcast_to(a.astype(x0.dtype), x0.shape[:1]), x0
-        )
-        for a in path.definition(t, target)
+    _checks.in_range(fn, "t", t, 0, 1)
+    if guidance is not None and labels is None:
+      _checks.fail(fn, "labels", "given when guidance is", None)
+    flat = self._flat("predict", x_t)
+    rows = {"t": t} if guidance is None else {"t": t, "guidance": guidance}
+    out = _predict(
+        self,
+        flat,
+        *self._levels("predict", flat, **rows),
+        labels=self._labels("predict", labels),
+        path=path,
+        target=target,
     )
-    return of_x0 * x0 + of_noise * noise
+    return jnp.reshape(out, x_t.shape)
 
   def prediction_fn(
       self,
@@ -304,42 +295,24 @@ class GaussianMixture(NamedTuple):
     """
     fn = "GaussianMixture.probability_flow"
     _checks.in_range(fn, "steps", steps, 1)
-    dtype = self._flat("probability_flow", x).dtype
-
-    def level(time):
-      c = path.coefficients(time)
-      rows = [
-          jnp.broadcast_to(a.astype(dtype), x.shape[:1])
-          for a in (c.alpha, c.sigma)
-      ]
-      return jnp.arctan2(rows[1], rows[0]), jnp.hypot(*rows)
-
-    start, size = level(t)
-    end, final = level(r)
-    step = (end - start) / steps
-    turning = path_lib.TrigFlow()
-
-    def slope(z, angle):
-      time = angle / (np.pi / 2)
-      prediction = self.predict(
-          z, time, path=turning, target="F", labels=labels, guidance=guidance
-      )
-      return prediction.astype(dtype)
-
-    def body(z, i):
-      angle = start + i * step
-      h = _checks.expand_like(step, z)
-      k1 = slope(z, angle)
-      k2 = slope(z + h / 2 * k1, angle + step / 2)
-      k3 = slope(z + h / 2 * k2, angle + step / 2)
-      k4 = slope(z + h * k3, angle + step)
-      return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
-
-    z = jnp.asarray(x).astype(dtype) / _checks.expand_like(size, x)
-    z, _ = jax.lax.scan(
-        body, z, jnp.arange(steps, dtype=dtype), unroll=unroll
+    _checks.in_range(fn, "t", t, 0, 1)
+    _checks.in_range(fn, "r", r, 0, 1)
+    if guidance is not None and labels is None:
+      _checks.fail(fn, "labels", "given when guidance is", None)
+    flat = self._flat("probability_flow", x)
+    rows = {"t": t, "r": r}
+    if guidance is not None:
+      rows["guidance"] = guidance
+    out = _probability_flow(
+        self,
+        flat,
+        *self._levels("probability_flow", flat, **rows),
+        labels=self._labels("probability_flow", labels),
+        path=path,
+        steps=steps,
+        unroll=unroll,
     )
-    return z * _checks.expand_like(final, z)
+    return jnp.reshape(out, x.shape)
 
   def mean_velocity(
       self,
@@ -400,32 +373,17 @@ class GaussianMixture(NamedTuple):
     """`sample`, and the component of each point. Shapes [n, d] and [n]."""
     fn = "sample"
     _checks.in_range(f"GaussianMixture.{fn}", "n", n, 1)
-    of_mode, of_point = jax.random.split(key)
-    dtype = self.means.dtype
-    if stratified:
-      if labels is not None:
-        _checks.fail(f"GaussianMixture.{fn}", "labels", "None", "labels")
-      # Point i takes the component whose share of [0, 1) holds (i + 1/2) / n.
-      edges = jnp.cumsum(self.weights)
-      place = (jnp.arange(n, dtype=dtype) + 0.5) / n
-      modes = jnp.searchsorted(edges, place, side="right")
-      modes = jnp.minimum(modes, len(self.weights) - 1).astype(jnp.int32)
-    else:
-      logits = self._log_weights(fn, n, labels, dtype)
-      modes = jax.random.categorical(of_mode, logits, axis=1)
-    normal = jax.random.normal(of_point, (n, self.dim), dtype)
-    offset = self.scales[modes] * normal
-    if self.rotations is not None:
-      offset = jnp.einsum(
-          "bi,bji->bj", offset, self.rotations[modes], precision="highest"
-      )
-    return self.means[modes] + offset, modes
+    if stratified and labels is not None:
+      _checks.fail(f"GaussianMixture.{fn}", "labels", "None", "labels")
+    return _sample(
+        self, key, self._labels(fn, labels), n=n, stratified=stratified
+    )
 
   def assign(self, x: Float[Array, "b *s"]) -> Int[Array, "b"]:
     """The component most likely to have made each point. Shape [b]."""
     flat = self._flat("assign", x)
-    log_joint, _, _, _ = self._parts("assign", flat, 1.0, 0.0, None)
-    return jnp.argmax(log_joint, axis=1)
+    levels = self._levels("assign", flat, alpha=1.0, sigma=0.0)
+    return jnp.argmax(_log_joint(self, flat, *levels, None), axis=1)
 
   def deviations(self, x: Float[Array, "b *s"]) -> Float[Array, "b k"]:
     """Distance to each mean in that component's standard deviations."""
@@ -448,6 +406,129 @@ class GaussianMixture(NamedTuple):
         jnp.zeros_like(self.weights),
     )
     return self._replace(weights=weights / jnp.sum(weights))
+
+
+# The closed forms as programs of their own: an eager call then compiles and
+# runs one thing instead of thirty. Values are checked before they get here.
+
+
+@jax.jit
+def _log_joint(mixture, x, alpha, sigma, labels):
+  return mixture._parts(x, alpha, sigma, labels)[0]
+
+
+@jax.jit
+def _moments(mixture, x, alpha, sigma, labels):
+  """`GaussianMixture.moments` at flat x [b, d]."""
+  log_joint, whitened, alpha, sigma = mixture._parts(x, alpha, sigma, labels)
+  posterior = jax.nn.softmax(log_joint, axis=1)[:, :, None]
+  pull = jnp.square(mixture.scales.astype(x.dtype))[None] * whitened
+  mean = mixture.means.astype(x.dtype)[None] + alpha * mixture._rotate(
+      pull, back=True
+  )
+  noise = sigma * mixture._rotate(whitened, back=True)
+  return jnp.sum(posterior * mean, axis=1), jnp.sum(posterior * noise, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("n", "stratified"))
+def _sample(mixture, key, labels, *, n, stratified):
+  of_mode, of_point = jax.random.split(key)
+  dtype = mixture.means.dtype
+  if stratified:
+    # Point i takes the component whose share of [0, 1) holds (i + 1/2) / n.
+    edges = jnp.cumsum(mixture.weights)
+    place = (jnp.arange(n, dtype=dtype) + 0.5) / n
+    modes = jnp.searchsorted(edges, place, side="right")
+    modes = jnp.minimum(modes, len(edges) - 1).astype(jnp.int32)
+  else:
+    logits = mixture._log_weights(n, labels, dtype)
+    modes = jax.random.categorical(of_mode, logits, axis=1).astype(jnp.int32)
+  normal = jax.random.normal(of_point, (n, mixture.dim), dtype)
+  offset = mixture.scales[modes] * normal
+  if mixture.rotations is not None:
+    offset = jnp.einsum(
+        "bi,bji->bj", offset, mixture.rotations[modes], precision="highest"
+    )
+  return mixture.means[modes] + offset, modes
+
+
+@jax.jit
+def _score(mixture, x, alpha, sigma, labels):
+  log_joint, whitened, _, _ = mixture._parts(x, alpha, sigma, labels)
+  posterior = jax.nn.softmax(log_joint, axis=1)[:, :, None]
+  return -jnp.sum(posterior * mixture._rotate(whitened, back=True), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "target"))
+def _predict(mixture, x, t, guidance=None, *, labels, path, target):
+  """`GaussianMixture.predict` at flat x [b, d], t and guidance [b] or []."""
+  if path.velocity_starts and target == "velocity":
+    t = jnp.maximum(t, path.end_clamp)
+  c = path.coefficients(t)
+  alpha, sigma = c.alpha.astype(x.dtype), c.sigma.astype(x.dtype)
+  of_x0, of_noise = (
+      jnp.broadcast_to(a.astype(x.dtype), x.shape[:1])[:, None]
+      for a in path.definition(t, target)
+  )
+
+  def given(labels):
+    if target == "score":
+      return _score(mixture, x, alpha, sigma, labels)
+    x0, noise = _moments(mixture, x, alpha, sigma, labels)
+    return of_x0 * x0 + of_noise * noise
+
+  cond = given(labels)
+  if guidance is None:
+    return cond
+  uncond = given(None)
+  guidance = jnp.broadcast_to(guidance, x.shape[:1])[:, None]
+  return uncond + guidance * (cond - uncond)
+
+
+@functools.partial(jax.jit, static_argnames=("path", "steps", "unroll"))
+def _probability_flow(
+    mixture, x, t, r, guidance=None, *, labels, path, steps, unroll
+):
+  """`GaussianMixture.probability_flow` at flat x [b, d]."""
+
+  def level(time):
+    c = path.coefficients(time)
+    rows = [
+        jnp.broadcast_to(a.astype(x.dtype), x.shape[:1])
+        for a in (c.alpha, c.sigma)
+    ]
+    return jnp.arctan2(rows[1], rows[0]), jnp.hypot(*rows)[:, None]
+
+  start, size = level(t)
+  end, final = level(r)
+  step = (end - start) / steps
+  h = step[:, None]
+
+  def turning(z, cos, sin, labels):
+    x0, noise = _moments(mixture, z, cos, sin, labels)
+    return cos[:, None] * noise - sin[:, None] * x0
+
+  def slope(z, angle):
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cond = turning(z, cos, sin, labels)
+    if guidance is None:
+      return cond
+    uncond = turning(z, cos, sin, None)
+    weight = jnp.broadcast_to(guidance, z.shape[:1])[:, None]
+    return uncond + weight * (cond - uncond)
+
+  def body(z, i):
+    angle = start + i * step
+    k1 = slope(z, angle)
+    k2 = slope(z + h / 2 * k1, angle + step / 2)
+    k3 = slope(z + h / 2 * k2, angle + step / 2)
+    k4 = slope(z + h * k3, angle + step)
+    return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
+
+  z, _ = jax.lax.scan(
+      body, x / size, jnp.arange(steps, dtype=x.dtype), unroll=unroll
+  )
+  return z * final
 
 
 def make_gaussian_mixture(

@@ -132,28 +132,35 @@ def test_predictions_on_every_path(name, x64):
   mixture, path = general(), PATHS[name]
   x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 3)))
   t = jnp.array([0.1, 0.5, 0.9])
-  x0, noise = mixture.moments(x, path.alpha(t), path.sigma(t))
-  for kind in path.predictions:
-    np.testing.assert_allclose(
-        mixture.predict(x, t, path=path, target=kind),
-        path.target(x0, noise, t, kind), rtol=1e-9, atol=1e-12,
-    )
-    np.testing.assert_allclose(
-        mixture.prediction_fn(path, kind)(x, t),
-        path.target(x0, noise, t, kind), rtol=1e-9, atol=1e-12,
-    )
-  np.testing.assert_allclose(mixture.predict(x, t, path=path), x0, rtol=1e-9)
-  # Both ends are finite.
+  # Both ends are finite, too.
   ends = jnp.array([0.0, 1.0, 1.0])
-  for kind in path.predictions:
-    prediction = mixture.predict(x, ends, path=path, target=kind)
-    assert bool(jnp.all(jnp.isfinite(prediction))), kind
+
+  @jax.jit
+  def run(x, t, ends):
+    x0, noise = mixture.moments(x, path.alpha(t), path.sigma(t))
+    return x0, {
+        kind: (
+            path.target(x0, noise, t, kind),
+            mixture.predict(x, t, path=path, target=kind),
+            mixture.prediction_fn(path, kind)(x, t),
+            mixture.predict(x, ends, path=path, target=kind),
+        )
+        for kind in path.predictions
+    }
+
+  with as_user():
+    x0, out = run(x, t, ends)
+  for kind, (expected, ours, closure, at_ends) in out.items():
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(closure, ours)
+    assert bool(jnp.all(jnp.isfinite(at_ends))), kind
+  np.testing.assert_allclose(mixture.predict(x, t, path=path), x0, rtol=1e-9)
   mean = np.asarray(mixture.weights) @ np.asarray(mixture.means)
-  x0 = mixture.predict(x, ends, path=path)
+  at_ends = out["x0"][3]
   if path.alpha_ends:
-    np.testing.assert_allclose(x0[1:], np.tile(mean, (2, 1)), atol=1e-9)
+    np.testing.assert_allclose(at_ends[1:], np.tile(mean, (2, 1)), atol=1e-9)
   if path.sigma_starts:
-    np.testing.assert_allclose(x0[0], x[0], atol=1e-9)
+    np.testing.assert_allclose(at_ends[0], x[0], atol=1e-9)
 
 
 def test_classes_and_guidance(x64):
