@@ -386,6 +386,7 @@ def _lagrangian(
   )
   if stop_tangent:
     slope = jax.lax.stop_gradient(slope)
+  # The target is stopped below; this one only spares tracing its derivative.
   end = jax.lax.stop_gradient(_jump(x_t, u, t, r))
   target = _call(fn, "teacher_fn(x, r)", teacher_fn, end.astype(x_t.dtype), r)
   target = jax.lax.stop_gradient(target).astype(u.dtype)
