@@ -1313,3 +1313,30 @@ def test_precision_of_the_rest(name, strict):
   with jax.enable_x64(True):
     wide = [jnp.asarray(a, jnp.float64) for a in (x, v, t, r)]
     assert REST[name](*wide).dtype == jnp.float64
+
+
+def test_distillation_direction_of_transport(x64):
+  x, v = arrays()
+  t, end = jnp.asarray([0.9, 0.7, 0.55, 0.8]), jnp.asarray([0.5, 0.5, 0.5, 0.0])
+  pred, target = losses.velocity_matching_target(
+      one_time_net, x, v, t, kind="transport", end=end
+  )
+  direction = losses.velocity_distillation_direction(
+      one_time_net, x, v, t, kind="transport", end=end
+  )
+  np.testing.assert_array_equal(direction, target - pred)
+
+
+def test_progressive_num_steps():
+  """16 -> 8 -> 4 -> 2 (twice as long) -> 1."""
+  steps = jnp.asarray([0, 9, 10, 20, 30, 40, 49, 50, 60, 900])
+  out = losses.progressive_num_steps(steps, start=16, steps_per_stage=10)
+  np.testing.assert_array_equal(out, [16, 16, 8, 4, 2, 2, 2, 1, 1, 1])
+  assert out.dtype == jnp.int32
+  assert int(losses.progressive_num_steps(50000)) == 2048
+  with helpers.one_line_error("start must be a power of two"):
+    losses.progressive_num_steps(0, start=12)
+  with helpers.one_line_error(r"steps_per_stage must be in \[1"):
+    losses.progressive_num_steps(0, steps_per_stage=0)
+  with helpers.one_line_error(r"step must be in \[0"):
+    losses.progressive_num_steps(-1)
