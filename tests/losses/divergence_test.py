@@ -199,7 +199,7 @@ def test_entropy(x64, strict):
 
 
 def test_confidence(x64, strict):
-  """Masked means row by row, clips, the empty row that counts 0, no gradient."""
+  """Masked means by row, clips, the empty row that counts 0, no gradient."""
   t = jnp.asarray(T)
   where = jnp.asarray(WHERE)
   ours = divergence.teacher_confidence(t, where, k=20)
@@ -240,7 +240,7 @@ def test_confidence_over_devices(x64):
 
 
 def test_ends_of_the_jsd(x64):
-  """jsd/beta -> forward KL, jsd/(1-beta) -> reverse KL; error ~ beta max p/q."""
+  """jsd/beta -> forward, jsd/(1-beta) -> reverse KL; error ~ beta max p/q."""
   s, t = jnp.asarray(S) / 4, jnp.asarray(T) / 4
   forward, reverse = divergence.forward_kl(s, t), divergence.reverse_kl(s, t)
   low = divergence.generalized_jsd(s, t, beta=1e-4) / 1e-4
