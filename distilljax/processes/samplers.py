@@ -419,10 +419,12 @@ def predict_and_renoise(
     arXiv:2405.14867, section 4.5; the random exit as in the authors' code.
   """
   fn = "predict_and_renoise"
+  # Each input and every prediction is cut, not only the result, so that no
+  # tangent is carried through the loop.
   x = jax.lax.stop_gradient(_checks.at_least_float32(x))
-  times = _grid(fn, x, times, 1)
+  times = jax.lax.stop_gradient(_grid(fn, x, times, 1))
   n = times.shape[0]
-  noises = _noises(fn, x, noises, n - 1)
+  noises = jax.lax.stop_gradient(_noises(fn, x, noises, n - 1))
   static = isinstance(exit_step, int)
   _checks.in_range(fn, "exit_step", exit_step, 0, n - 1)
 
@@ -439,7 +441,7 @@ def predict_and_renoise(
     out = _scan(
         jump, x, (times[:k], times[1 : k + 1], noises[:k]), unroll
     )
-    return jax.lax.stop_gradient(out), times[k]
+    return out, times[k]
 
   exit_step = jnp.asarray(exit_step)
   _checks.integer(fn, exit_step=exit_step)
@@ -455,4 +457,4 @@ def predict_and_renoise(
 
   index = jnp.arange(n - 1, dtype=exit_step.dtype)
   out = _scan(step, x, (times[:-1], times[1:], noises, index), unroll)
-  return jax.lax.stop_gradient(out), jnp.take(times, exit_step, axis=0)
+  return out, jnp.take(times, exit_step, axis=0)

@@ -321,17 +321,18 @@ def test_predict_and_renoise_makes_only_the_calls_it_needs():
 
 
 def test_no_gradient_through_backward_simulation():
-  def loss(scale, x, z, k):
-    out, _ = processes.predict_and_renoise(
-        lambda x, t: scale * x, x, jnp.asarray(TIMES, jnp.float32), z, k,
-        path=RF,
+  def loss(scale, x, times, z, k):
+    out, t = processes.predict_and_renoise(
+        lambda x, t: scale * x * t[:, None], x, times, z, k, path=RF
     )
-    return jnp.sum(out)
+    return jnp.sum(out) + jnp.sum(t)
 
   x, z = jnp.ones((2, 3)), jnp.ones((3, 2, 3))
+  times = jnp.asarray(TIMES, jnp.float32)
+  grad = jax.grad(loss, argnums=(0, 1, 2, 3))
   for k in (0, 2, jnp.int32(2)):
-    for grad in jax.grad(loss, argnums=(0, 1, 2))(2.0, x, z, k):
-      np.testing.assert_array_equal(grad, 0)
+    for part in grad(2.0, x, times, z, k):
+      np.testing.assert_array_equal(part, 0)
 
 
 SAMPLERS = {
