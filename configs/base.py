@@ -56,7 +56,7 @@ def stage(
       "model": entries that replace those of config.model}.
     optimizers: by trained network, arguments of `train.make_optimizer`.
     hyper: entries that replace those of the method's DEFAULTS.
-    **more: "ema_warmup", "data", "batch_size", "accumulation".
+    **more: "ema_warmup", "data", "data_rows", "batch_size", "accumulation".
   """
   return {
       "method": method,
@@ -66,6 +66,7 @@ def stage(
       "hyper": hyper,
       "ema_warmup": True,  # EMA decay min(decay, (1 + step) / (10 + step))
       "data": None,  # "pairs": latents with their exact endpoints (plane)
+      "data_rows": 0,  # rows of the stage's data; 0 is config.data.rows
       "batch_size": None,  # None is config.data.batch_size
       "accumulation": 1,  # micro-batches a step
       **more,
@@ -91,3 +92,123 @@ def image_teacher(steps: int, learning_rate: float) -> dict:
           "label_drop": 0.0,  # no guidance in this job, so no null label
       },
   )
+
+
+def regression(steps: int, rows: int) -> dict:
+  """Regression on `rows` exact ODE pairs of a problem in the plane."""
+  return stage(
+      "ode_regression",
+      steps,
+      networks={"student": {"start": "scratch"}},
+      optimizers={"student": {"learning_rate": 1e-3, "schedule": "cosine"}},
+      hyper={"prediction": "x0", "ema_decay": 0.99},
+      data="pairs",
+      data_rows=rows,
+  )
+
+
+def dmd2_images(steps: int) -> dict:
+  """DMD2 without its GAN from the stage "teacher", for small images."""
+  return stage(
+      "dmd2",
+      steps,
+      networks={
+          "student": {"start": "teacher"},
+          "critic": {"start": "teacher", "head_width": 0},
+          "teacher": {"start": "teacher"},
+      },
+      optimizers={
+          "student": {
+              "learning_rate": 2e-4,
+              "b1": 0.0,
+              "b2": 0.99,
+              "schedule": "cosine",
+              "clip_norm": 10.0,
+          },
+          "critic": {
+              "learning_rate": 5e-4,
+              "b1": 0.0,
+              "b2": 0.99,
+              "clip_norm": 10.0,
+          },
+      },
+      hyper={
+          "ratio": 2,  # critic updates per student update
+          "gan_weight": 0.0,
+          "gan_critic_weight": 0.0,
+          "ema_decay": 0.995,
+      },
+  )
+
+
+def mean_flow_images(steps: int) -> dict:
+  """MeanFlow distilled from the stage "teacher", for small images."""
+  return stage(
+      "mean_flow",
+      steps,
+      networks={
+          "student": {"start": "teacher", "second_time": True},
+          "teacher": {"start": "teacher"},
+      },
+      optimizers={
+          "student": {
+              "learning_rate": 1e-3,
+              "schedule": "cosine",
+              "warmup": min(50, steps // 4),
+              "clip_norm": 1.0,
+          }
+      },
+      hyper={
+          "source": "teacher",
+          "time_mean": 0.0,
+          "equal": 0.5,
+          "t_one": 0.25,
+          "r_zero": 0.25,
+          "norm_p": 0.5,
+          "norm_eps": 0.01,
+          "elements": "mean",
+          "ema_decay": 0.995,
+      },
+  )
+
+
+def fashion14(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
+  """14x14 fashion images, a UNet and its teacher; `small` for CI."""
+  config = base(title, data="fashion14", batch_size=64)
+  config.seed = seed
+  config.model = {"kind": "unet", "channels": 8 if small else 32}
+  config.teacher = image_teacher(20 if small else 1200, 2e-3)
+  return _small_images(config) if small else config
+
+
+def digits(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
+  """8x8 digits, a small transformer and its teacher; `small` for CI."""
+  config = base(title, data="digits", batch_size=64)
+  config.seed = seed
+  config.model = {
+      "kind": "dit",
+      "width": 32 if small else 64,
+      "depth": 1 if small else 3,
+      "patch": 2,
+  }
+  config.teacher = image_teacher(20 if small else 2000, 2e-3)
+  return _small_images(config) if small else config
+
+
+def _small_images(config):
+  config.data.rows = 1024
+  config.evaluation.n = 200
+  config.evaluation.watches = 0
+  return config
+
+
+def ring8(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
+  """Eight modes on a ring; `small` for CI."""
+  config = base(title, data="ring8", batch_size=256)
+  config.seed = seed
+  config.evaluation.n = 512 if small else 4096
+  config.evaluation.batch = 4096
+  config.evaluation.watches = 0 if small else 4
+  config.run.log_every = 250
+  config.run.checkpoint_every = 5000
+  return config

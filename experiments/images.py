@@ -38,8 +38,6 @@ class ImageProblem:
     self.sample_shape = self.info.sample_shape
     self.train = data.load(config["name"], "train", folder=config["folder"])
     self.test = data.load(config["name"], "test", folder=config["folder"])
-    if config["rows"]:
-      self.train = {k: v[: config["rows"]] for k, v in self.train.items()}
     self._judge = None
 
   def model(self, block: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,13 +58,18 @@ class ImageProblem:
     """Images have no closed-form teacher."""
     return
 
-  def batches(self, batch_size: int, seed: int, role: str) -> Callable[[], Any]:
-    """() -> iterator of training batches; `role` seeds stages apart."""
+  def batches(
+      self, batch_size: int, seed: int, role: str, rows: int
+  ) -> Callable[[], Any]:
+    """() -> iterator of training batches of the first `rows` rows (0: all)."""
+    if role != "samples":
+      raise ValueError(f"config: images have no data {role!r}, only samples")
     augment = self._config["augment"]
+    arrays = {k: v[: rows or None] for k, v in self.train.items()}
     return lambda: data.make_iterator(
-        self.train,
+        arrays,
         batch_size,
-        seed=seed + sum(role.encode()),
+        seed=seed,
         augment=dict(augment) if augment else None,
         name=self._config["name"],
     )
@@ -121,13 +124,12 @@ class ImageProblem:
   def picture(self, rows: list[tuple[str, np.ndarray]], **words) -> list[Any]:
     """Figures of sample sets, one class a column, same latents."""
     classes = self.info.num_classes
-    order = [np.asarray(x[: 2 * classes]) for _, x in rows]
     grid = []
-    for (name, _), images in zip(rows, order):
-      # Two pictures a class and model, row by row.
-      grid += [(name, images[:classes])]
-      if len(images) == 2 * classes and words.pop("double", False):
-        grid += [(name, images[classes:])]
+    for name, images in rows:
+      grid += [
+          (name, images[i : i + classes])
+          for i in range(0, min(len(images), 2 * classes), classes)
+      ]
     return [report.image_grid(grid, self.info.class_names, **words)]
 
   def real(self) -> tuple[str, np.ndarray]:

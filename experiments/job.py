@@ -25,8 +25,8 @@ PATHS = {
     "trigflow": processes.TrigFlow,
 }
 STAGE_KEYS = (
-    "method", "hyper", "ema_warmup", "networks", "data", "steps", "batch_size",
-    "optimizers", "accumulation",
+    "method", "hyper", "ema_warmup", "networks", "data", "data_rows", "steps",
+    "batch_size", "optimizers", "accumulation",
 )
 NETWORK_KEYS = ("start", "second_time", "head_width", "correction", "model")
 TOP_KEYS = ("seed", "title", "data", "model", "stages", "run", "evaluation")
@@ -78,6 +78,8 @@ def _network(config, problem, spec, prediction) -> Callable[[Any], Any]:
     kind = hyper.pop("kind")
     if spec.get("second_time"):
       hyper["second_time"] = True
+    if spec.get("correction"):
+      hyper["zero_head"] = True
     network = models.make(kind, train.named_key(key, "network"), **hyper)
     if spec.get("correction"):
       exact = problem.exact(prediction)
@@ -186,7 +188,10 @@ def _stage(config, problem, name, earlier) -> train.Stage:
       method=method,
       optimizers=optimizers,
       data=problem.batches(
-          batch_size, config.seed, block.get("data") or "samples"
+          batch_size,
+          config.seed,
+          block.get("data") or "samples",
+          block.get("data_rows") or config.data.rows,
       ),
       steps=block.steps,
       init=init,
@@ -380,8 +385,6 @@ def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:
     if name not in ("teacher", job.stages[-1].name):
       continue  # a warm-up is a means
     model = "teacher" if name == "teacher" else "student"
-    if len(shown) == 1:
-      model = "student"
     for steps in _steps_of(job, name):
       x = sample(method, params, inputs, steps=steps, batch=evaluation.batch)
       words = f"{model}, {steps} step{'s' if steps > 1 else ''}"
@@ -448,4 +451,4 @@ def _figures(job: Job, workdir: pathlib.Path, rows, headline):
               " training of the stage."
           ),
       )
-  return figures
+  return figures + report.curves(workdir / "metrics.jsonl")

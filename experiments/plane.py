@@ -21,8 +21,7 @@ class PlaneProblem:
   """A Gaussian mixture in the plane with its closed-form teacher.
 
   Args:
-    config: the `data` block: name, batch_size, rows (size of the sample that
-      training draws from).
+    config: the `data` block.
     evaluation: the `evaluation` block.
     log: unused.
 
@@ -40,12 +39,11 @@ class PlaneProblem:
   ):
     del log
     self._evaluation = evaluation
-    self._rows = config["rows"] or 65536
     self.mixture = MIXTURES[config["name"]]()
     self.path = processes.RectifiedFlow()
     self.sample_shape = (self.mixture.dim,)
     self.null_label = None
-    self._reference = None
+    self._references = {}
 
   def model(self, block: Mapping[str, Any]) -> dict[str, Any]:
     """Hyper-parameters that the data fix, for a network of the zoo."""
@@ -61,14 +59,17 @@ class PlaneProblem:
 
     return models.from_callable(apply_fn, {})
 
-  def batches(self, batch_size: int, seed: int, role: str) -> Callable[[], Any]:
+  def batches(
+      self, batch_size: int, seed: int, role: str, rows: int
+  ) -> Callable[[], Any]:
     """() -> iterator of batches: samples, or ODE pairs for role "pairs"."""
     key = jax.random.key(seed + sum(role.encode()))
+    rows = rows or 65536
     if role == "pairs":
-      latent = jax.random.normal(key, (self._rows, self.mixture.dim))
+      latent = jax.random.normal(key, (rows, self.mixture.dim))
       arrays = {"latent": latent, "x": self.endpoint(latent)}
     else:
-      arrays = {"x": self.mixture.sample(key, self._rows)}
+      arrays = {"x": self.mixture.sample(key, rows)}
     arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
     return lambda: data.make_iterator(
         arrays, batch_size, seed=seed, name="mixture"
@@ -85,10 +86,10 @@ class PlaneProblem:
     return {"noise": jax.random.normal(key, (n, self.mixture.dim))}
 
   def _reference_sample(self, n):
-    if self._reference is None:
+    if n not in self._references:
       key = jax.random.key(self._evaluation["noise_seed"] + 1)
-      self._reference = self.mixture.sample(key, n, stratified=True)
-    return self._reference
+      self._references[n] = self.mixture.sample(key, n, stratified=True)
+    return self._references[n]
 
   def floors(self) -> list[dict[str, Any]]:
     """Two true samples against each other, and a Gaussian of equal moments."""
@@ -139,7 +140,6 @@ class PlaneProblem:
 
   def picture(self, rows: list[tuple[str, np.ndarray]], **words) -> list[Any]:
     """Scatter plots side by side."""
-    words.pop("double", None)
     return [report.scatter_grid([(n, x[:2000]) for n, x in rows], **words)]
 
   def real(self) -> tuple[str, np.ndarray]:
