@@ -312,6 +312,7 @@ def alm_loss(
     abs                   |a - b|
     abs_exp               |exp(a') - exp(b')|
     k2, k3                r^2 / 2, exp(r) - 1 - r with r = (a - b) / temperature
+                          (at most 20 in k3)
     renyi                 Renyi divergence of order alpha, Bern(a) from Bern(b)
 
   Gradients shrink like 1 / temperature; binary_kl_temp_limit needs none and is
@@ -394,7 +395,11 @@ def alm_loss(
     value = jnp.log(both) / (alpha - 1)
   else:
     r = (a - b) / temperature
-    value = r * r / 2 if kind == "k2" else jnp.expm1(r) - r
+    # exp(20) is as far off as a chunk can usefully be said to be.
+    value = r * r / 2
+    if kind == "k3":
+      r = jnp.minimum(r, 20)
+      value = jnp.expm1(r) - r
   return jnp.where(where, value, 0)
 
 

@@ -478,7 +478,7 @@ def test_cliff_table():
       with one_line_error("must be"):
         fn(*bad)
     with one_line_error("from_log_odds"):
-      jax.jit(lambda p: fn(p, 0.5, 2.0))(0.9)
+      jax.jit(functools.partial(fn, b=0.5, c=2.0))(0.9)
 
 
 def test_cliff_from_log_odds(strict):
