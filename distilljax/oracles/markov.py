@@ -210,7 +210,7 @@ def sequence_entropy(model: MarkovLM, *, length: int) -> Float[Array, ""]:
 
 def outcome_posterior(
   model: MarkovLM, outcome_log_likelihood: Float[Array, "v"], *, length: int
-) -> tuple[Float[Array, "v"], Float[Array, "l-1 v v"]]:
+) -> tuple[Float[Array, "v"], Float[Array, "n v v"]]:
   """The model that knows how the sequence ends, token by token.
 
   With log L(y) = log P(outcome | last token y) and the backward messages
