@@ -158,6 +158,11 @@ LOG_PROBS = hnp.arrays(
 
 
 @jit
+def _equal_rewards():
+  return ce.group_advantages(jnp.full(3, 0.3), jnp.zeros(3, jnp.int32))
+
+
+@jit
 def _cepo(a, pos, neg, mix, clip):
   where = jnp.asarray(WHERE)
   fn = lambda a, pos, neg: ce.contrastive_evidence_advantages(
@@ -170,12 +175,13 @@ def _cepo(a, pos, neg, mix, clip):
 @hypothesis.given(
   LOG_PROBS,
   LOG_PROBS,
-  st.lists(st.floats(-3, 3, width=32), min_size=3, max_size=3),
+  # Sixteenths: no subnormal numbers, which XLA flushes to 0.
+  st.lists(st.integers(-48, 48), min_size=3, max_size=3),
   st.floats(0, 1, width=32),
   st.floats(0, 0.9375, width=32),
 )
 def test_six_guarantees(pos, neg, per_row, mix, clip):
-  a = np.float32(per_row)[:, None] * np.ones((3, 4), np.float32)
+  a = np.float32(per_row)[:, None] / 16 * np.ones((3, 4), np.float32)
   out, filler, grads = _cepo(a, pos, neg, np.float32(mix), np.float32(clip))
   valid = np.where(WHERE, a, 0)
   slack = 1e-6 * np.abs(valid)
@@ -190,9 +196,7 @@ def test_six_guarantees(pos, neg, per_row, mix, clip):
   # 4. Filler (delta = 0) keeps its advantage.
   np.testing.assert_allclose(filler, valid, rtol=1e-6)
   # 5. Equal rewards: no advantage, before and after.
-  zero = np.asarray(
-    ce.group_advantages(jnp.full(3, 0.3), jnp.zeros(3, jnp.int32))
-  )[:, None] * np.ones((3, 4), np.float32)
+  zero = np.asarray(_equal_rewards())[:, None] * np.ones((3, 4), np.float32)
   np.testing.assert_array_equal(
     _cepo(zero, pos, neg, np.float32(mix), np.float32(clip))[0], 0
   )
