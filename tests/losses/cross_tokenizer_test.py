@@ -174,6 +174,15 @@ def test_merge(x64, strict):
   np.testing.assert_array_equal(grads[2], [[0, 1, 1, 0, 1], [0, 0, 1, 0, 0]])
 
 
+def test_merge_with_a_chunk_that_is_not_predicted():
+  """The first token of a row: no count, and no slot in the official one."""
+  low = jnp.full((1, 3), -9.0)
+  out = ct.merge_chunks(low, low, low, low, jnp.array([[0, 1, 2]]))
+  np.testing.assert_array_equal(out.counts, [[3, 0, 0]])
+  np.testing.assert_array_equal(out.official_counts, [[0, 0, 0]])
+  np.testing.assert_array_equal(out.student, [[-18, 0, 0]])
+
+
 # --- the loss ------------------------------------------------------------
 
 
