@@ -179,11 +179,11 @@ def row_keys(key: Array, rows: int) -> Array:
 
 
 def draw(
-    sampler: Callable[..., Array],
+    sampler: Callable[..., PyTree],
     keys: Array,
     name: str,
     shape: tuple[int, ...] = (),
-) -> Array:
+) -> PyTree:
   """One draw a row: `sampler(key, shape)` under each row's key and `name`.
 
   Args:
@@ -193,6 +193,6 @@ def draw(
     shape: shape of one row's draw.
 
   Returns:
-    Array [b, *shape].
+    Array [b, *shape], or a tuple of them where the sampler gives a tuple.
   """
   return jax.vmap(lambda k: sampler(k, shape))(named_key(keys, name))
