@@ -1,0 +1,873 @@
+"""Mutation check: how many small faults in the library do its tests notice?
+
+python -m tests.tools.mutate [module ...] [--sample N] [--seed S] [--jobs 2]
+
+A mutant is one module with one fault: an operator, a sign, a comparison or a
+constant changed, a stop_gradient, mask, weight or check dropped. It is killed
+when a test fails (or hangs). Survivors are listed; those that no test could
+kill, because the program is the same, stand in `equivalent_mutants.txt` with a
+reason and are not counted.
+
+How it is fast: this process imports everything but starts no backend, and forks
+once a mutant; the child imports the mutated module and what depends on it, and
+runs pytest inside itself until the first failure, compiling only programs that
+the fault changed (the others come from a cache on disk). A first run with a
+probe before every statement tells which tests reach which line, so that only
+those run, likely killers first.
+"""
+
+import argparse
+import ast
+import builtins
+import collections
+import dataclasses
+import gc
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.metadata
+import inspect
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+HERE = pathlib.Path(__file__).resolve().parent
+EQUIVALENT = HERE / "equivalent_mutants.txt"
+LOSSES = (
+    "adversarial",
+    "consistency",
+    "distribution_matching",
+    "feature",
+    "flow_map",
+    "reduction",
+)
+PROCESSES = ("guidance", "path", "samplers", "time")
+MODULES = tuple(f"distilljax.losses.{m}" for m in LOSSES) + tuple(
+    f"distilljax.processes.{m}" for m in PROCESSES
+)
+# Beside a module's own tests (tests/<folder>/<module>_test.py): every file here
+# whose tests reach the module.
+SHARED_TESTS = ("tests/oracles/closed_form_test.py",)
+GOLDEN = "tests/golden_test.py::test_golden[{}]"
+
+_SWAPPED_OPERATORS = {
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Pow: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,),
+    ast.BitOr: (ast.BitAnd,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+    ast.And: (ast.Or,),
+    ast.Or: (ast.And,),
+}
+_PAIRS = (
+    ("sin", "cos"),
+    ("sinh", "cosh"),
+    ("min", "max"),
+    ("minimum", "maximum"),
+    ("sum", "mean"),
+    ("zeros", "ones"),
+    ("zeros_like", "ones_like"),
+    ("argmin", "argmax"),
+    ("floor", "ceil"),
+    ("log", "log1p"),
+    ("exp", "expm1"),
+    ("all", "any"),
+    ("less", "less_equal"),
+)
+_SWAPPED_CALLS = {a: b for a, b in _PAIRS} | {b: a for a, b in _PAIRS}
+# f(x, ...) -> x
+_DROPPED_CALLS = (
+    "stop_gradient", "psum", "pmean", "all_gather", "abs", "square", "sqrt",
+    "clip", "at_least_float32",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """One fault: `original` at bytes [start, end) becomes `replacement`."""
+
+  module: str
+  function: str
+  statement: int
+  line: int
+  start: int
+  end: int
+  original: str
+  replacement: str
+  turn: int = 0  # among equal changes of the function
+
+  @property
+  def name(self) -> str:
+    """What identifies it when lines move."""
+    turn = f" #{self.turn}" if self.turn else ""
+    return (
+        f"{self.module.removeprefix('distilljax.')} | {self.function} |"
+        f" {self.original} -> {self.replacement}{turn}"
+    )
+
+  def apply(self, source: bytes) -> bytes:
+    """The module's source with the fault."""
+    text = f"({self.replacement})" if self.function else ""
+    return source[: self.start] + text.encode() + source[self.end :]
+
+
+class _Finder(ast.NodeVisitor):
+  """Collects the mutants of one module."""
+
+  def __init__(self, module: str, source: bytes):
+    self._module = module
+    starts = [0]
+    for text in source.splitlines(keepends=True):
+      starts.append(starts[-1] + len(text))
+    self._line_starts = starts
+    self._function: list[str] = []
+    self._statement = 0
+    self.found: list[Mutant] = []
+
+  def _add(self, node: ast.AST, new: ast.AST | str) -> None:
+    text = new if isinstance(new, str) else ast.unparse(new)
+    original = ast.unparse(node)
+    if text == original:
+      return
+    function = ".".join(self._function) or "<module>"
+    same = [
+        m
+        for m in self.found
+        if (m.function, m.original, m.replacement) == (function, original, text)
+    ]
+    self.found.append(
+        Mutant(
+            self._module,
+            function,
+            self._statement,
+            node.lineno,
+            self._line_starts[node.lineno - 1] + node.col_offset,
+            self._line_starts[node.end_lineno - 1] + node.end_col_offset,
+            original,
+            text,
+            len(same),
+        )
+    )
+
+  def visit(self, node: ast.AST) -> None:
+    if isinstance(node, ast.stmt):
+      outer, self._statement = self._statement, node.lineno
+      super().visit(node)
+      self._statement = outer
+    else:
+      super().visit(node)
+
+  # What is not code: annotations, text, docstrings.
+  def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+    self._function.append(node.name)
+    for default in (*node.args.defaults, *node.args.kw_defaults):
+      if default is not None:
+        self.visit(default)
+    for statement in node.body:
+      self.visit(statement)
+    self._function.pop()
+
+  def visit_ClassDef(self, node: ast.ClassDef) -> None:
+    self._function.append(node.name)
+    for statement in node.body:
+      self.visit(statement)
+    self._function.pop()
+
+  def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+    if node.value is not None:
+      self.visit(node.value)
+
+  def visit_Assign(self, node: ast.Assign) -> None:
+    alias = not self._function and isinstance(node.value, ast.Subscript)
+    if not alias:  # a type, such as Literal["sum", "mean"]
+      self.visit(node.value)
+
+  def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+    pass
+
+  def visit_Raise(self, node: ast.Raise) -> None:
+    pass
+
+  def visit_Expr(self, node: ast.Expr) -> None:
+    if _is_check(node.value):
+      self._add(node.value, "None")
+    self.visit(node.value)
+
+  # Code.
+  def visit_Constant(self, node: ast.Constant) -> None:
+    value = node.value
+    if isinstance(value, bool):
+      self._add(node, ast.Constant(not value))
+    elif isinstance(value, int):
+      self._add(node, ast.Constant(value + 1))
+    elif isinstance(value, float):
+      self._add(node, ast.Constant(2 * value if value else 1.0))
+
+  def visit_BinOp(self, node: ast.BinOp) -> None:
+    for kind in _SWAPPED_OPERATORS.get(type(node.op), ()):
+      self._add(node, ast.BinOp(node.left, kind(), node.right))
+    if isinstance(node.op, ast.Mult):
+      for kept in (node.left, node.right):
+        if not isinstance(kept, ast.Constant):
+          self._add(node, kept)
+    self.generic_visit(node)
+
+  def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+    if isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
+      self._add(node, node.operand)
+    self.generic_visit(node)
+
+  def visit_Compare(self, node: ast.Compare) -> None:
+    for i, op in enumerate(node.ops):
+      for kind in _SWAPPED_OPERATORS.get(type(op), ()):
+        ops = [*node.ops[:i], kind(), *node.ops[i + 1 :]]
+        self._add(node, ast.Compare(node.left, ops, node.comparators))
+    self.generic_visit(node)
+
+  def visit_BoolOp(self, node: ast.BoolOp) -> None:
+    (kind,) = _SWAPPED_OPERATORS[type(node.op)]
+    self._add(node, ast.BoolOp(kind(), node.values))
+    self.generic_visit(node)
+
+  def _condition(self, node: ast.If | ast.IfExp) -> None:
+    if not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+      self._add(node.test, ast.UnaryOp(ast.Not(), node.test))
+    self.generic_visit(node)
+
+  visit_If = _condition
+  visit_IfExp = _condition
+
+  def visit_Call(self, node: ast.Call) -> None:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if isinstance(node.func, ast.Name):
+      name = node.func.id
+    if _is_check(node) and name == "fail":
+      return  # its arguments are text
+    if name == "where" and len(node.args) == 3:
+      self._add(node, node.args[1])
+      self._add(node, node.args[2])
+    if name in _DROPPED_CALLS and node.args:
+      self._add(node, node.args[0])
+    if name in _SWAPPED_CALLS:
+      other = _SWAPPED_CALLS[name]
+      func = (
+          ast.Attribute(node.func.value, other, ast.Load())
+          if isinstance(node.func, ast.Attribute)
+          else ast.Name(other, ast.Load())
+      )
+      self._add(node, ast.Call(func, node.args, node.keywords))
+    self.generic_visit(node)
+
+
+def _is_check(node: ast.AST) -> bool:
+  return (
+      isinstance(node, ast.Call)
+      and isinstance(node.func, ast.Attribute)
+      and isinstance(node.func.value, ast.Name)
+      and node.func.value.id == "_checks"
+  )
+
+
+def mutants_of(module: str, source: bytes) -> list[Mutant]:
+  """All mutants of a module's source, in the order of its lines."""
+  finder = _Finder(module, source)
+  for statement in ast.parse(source).body:
+    finder.visit(statement)
+  return finder.found
+
+
+def _probe(module: str, source: bytes) -> bytes:
+  """The source with a call before every statement of a function."""
+  tree = ast.parse(source)
+
+  def instrument(body: list[ast.stmt]) -> list[ast.stmt]:
+    out = []
+    for i, statement in enumerate(body):
+      docstring = i == 0 and (
+          isinstance(statement, ast.Expr)
+          and isinstance(statement.value, ast.Constant)
+      )
+      if not docstring:
+        call = f"__mutate_hit__({module!r}, {statement.lineno})"
+        out.append(ast.parse(call).body[0])
+      out.append(statement)
+    return out
+
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.Lambda, ast.IfExp)):
+      continue
+    for field in ("body", "orelse", "finalbody"):
+      if getattr(node, field, None):
+        setattr(node, field, instrument(getattr(node, field)))
+  return ast.unparse(ast.fix_missing_locations(tree)).encode()
+
+
+class _Injector:
+  """A finder that gives some modules another source, typed as in the tests."""
+
+  def __init__(self, sources: dict[str, bytes]):
+    self._sources = sources
+
+  def find_spec(self, name, path=None, target=None):
+    if name not in self._sources:
+      return None
+    for finder in sys.meta_path:
+      if isinstance(finder, _Injector):
+        continue
+      spec = finder.find_spec(name, path, target)
+      if spec is not None:
+        break
+    kind, source = type(spec.loader), self._sources[name]
+
+    class Loader(kind):
+
+      def get_code(self, fullname):
+        return self.source_to_code(source, self.get_filename(fullname))
+
+    loader = object.__new__(Loader)
+    loader.__dict__.update(vars(spec.loader))
+    spec.loader = loader
+    return spec
+
+
+def _dependents(module: str, package: str) -> set[str]:
+  """Loaded modules of the package that hold something of `module`."""
+  gone = {module}
+  while True:
+    more = {
+        name
+        for name, loaded in list(sys.modules.items())
+        if name.split(".")[0] == package and name not in gone
+        for value in list(vars(loaded).values())
+        if (
+            inspect.ismodule(value)
+            and value.__name__ in gone
+            or getattr(value, "__module__", None) in gone
+        )
+    }
+    if not more:
+      return gone
+    gone |= more
+
+
+class _Plugin:
+  """Orders the tests, stops hypothesis from shrinking, names the killer."""
+
+  def __init__(
+      self,
+      ranks: dict[str, int] | None,
+      report: pathlib.Path,
+      injector: _Injector,
+  ):
+    self._ranks = ranks
+    self._injector = injector
+    self._report = report
+    self._failed: list[str] = []
+    self.tests: dict[str, dict] = {}
+    self.hits: set = set()
+
+  def pytest_sessionstart(self, session):
+    # After conftest.py, whose hook (the type checks) would go before.
+    sys.meta_path.insert(0, self._injector)
+    try:
+      import hypothesis  # pylint: disable=g-import-not-at-top
+    except ImportError:
+      return
+    hypothesis.settings.register_profile(
+        "mutate",
+        hypothesis.settings.default,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    )
+    hypothesis.settings.load_profile("mutate")
+
+  def pytest_collection_modifyitems(self, session, config, items):
+    if self._ranks is not None:
+      items[:] = sorted(
+          (i for i in items if i.nodeid in self._ranks),
+          key=lambda i: self._ranks[i.nodeid],
+      )
+
+  def pytest_runtest_setup(self, item):
+    if self._ranks is None:
+      if "jax" in sys.modules:  # every test traces for itself
+        sys.modules["jax"].clear_caches()
+      self.hits.clear()
+
+  def pytest_runtest_logreport(self, report):
+    if report.failed:
+      self._failed.append(report.nodeid)
+    elif self._ranks is None and report.when == "call":
+      hits = collections.defaultdict(list)
+      for module, line in sorted(self.hits):
+        hits[module].append(line)
+      self.tests[report.nodeid] = {
+          "seconds": report.duration,
+          "hits": dict(hits),
+      }
+
+  def pytest_sessionfinish(self, session, exitstatus):
+    out = {"failed": self._failed, "tests": self.tests}
+    if self._ranks is None:
+      out["imported"] = list(sys.modules)
+    self._report.write_text(json.dumps(out))
+
+
+class Checker:
+  """Runs mutants of a package's modules against its tests."""
+
+  def __init__(
+      self,
+      root: pathlib.Path,
+      tests: dict[str, Sequence[str]],
+      cache: pathlib.Path,
+      timeout: float,
+      probed: Iterable[str] = (),
+  ):
+    """Makes a checker.
+
+    Args:
+      root: folder that holds the package and its tests.
+      tests: by module, its tests: its own file first, then files or test ids.
+      cache: folder that is kept between runs.
+      timeout: seconds a mutant.
+      probed: further modules whose lines the probes name, so that the runs with
+        probes serve them too.
+    """
+    self._root = root
+    self._tests = {m: tuple(files) for m, files in tests.items()}
+    self._cache = cache
+    self._timeout = timeout
+    self._sources = {
+        m: self._path(m).read_bytes() for m in sorted({*tests, *probed})
+    }
+    self._coverage: dict[str, dict] = {}
+    self._killers = collections.defaultdict(collections.Counter)
+    self._reports = pathlib.Path(tempfile.mkdtemp(dir=cache))
+    self._compiled: set[str] = set()
+
+  def _path(self, module: str) -> pathlib.Path:
+    return self._root / (module.replace(".", "/") + ".py")
+
+  def faultless(self) -> list[Mutant]:
+    """One a module that changes nothing: what a killed one means is known."""
+    ends = {m: len(self._sources[m]) for m in self._tests}
+    return [
+        Mutant(m, "", 0, 0, end, end, "", "None") for m, end in ends.items()
+    ]
+
+  def mutants(self) -> list[Mutant]:
+    """Those of all modules with tests."""
+    return [x for m in self._tests for x in mutants_of(m, self._sources[m])]
+
+  # -- children ------------------------------------------------------------
+  def _child(self, sources, files, ranks, report, arguments):
+    """In the fork: imports the changed modules and runs their tests."""
+    log = os.open(report.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+      plugin = _Plugin(ranks, report, _Injector(sources))
+      builtins.__mutate_hit__ = lambda *place: plugin.hits.add(place)
+      gone = set()
+      for module in sources:
+        gone |= _dependents(module, module.split(".")[0])
+      for name in list(sys.modules):
+        if name in gone or name.split(".")[0] == "tests":
+          del sys.modules[name]
+      os.chdir(self._root)
+      import pytest  # pylint: disable=g-import-not-at-top
+
+      options = ["-q", "-p", "no:cacheprovider", "--assert=plain"]
+      code = pytest.main([*options, *arguments, *files], plugins=[plugin])
+    except BaseException:  # an import that fails is a mutant that is noticed
+      import traceback  # pylint: disable=g-import-not-at-top
+
+      traceback.print_exc()
+    finally:
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(int(code))
+
+  def _fork(self, *job) -> int:
+    pid = os.fork()
+    if pid == 0:
+      os.setpgid(0, 0)
+      self._child(*job)
+    return pid
+
+  # -- which tests reach what ----------------------------------------------
+  def prepare(self, log=print) -> None:
+    """Runs the tests with probes, once for every state of the files."""
+    everything = hashlib.sha256()
+    for source in self._sources.values():
+      everything.update(source)
+    files = list(dict.fromkeys(f for fs in self._tests.values() for f in fs))
+    probes = {m: _probe(m, source) for m, source in self._sources.items()}
+    self._import()
+    for file in files:
+      key = everything.copy()
+      key.update(file.encode())
+      for path in self._made_of(file):
+        key.update(path.read_bytes())
+      saved = self._cache / f"coverage_{key.hexdigest()[:24]}.json"
+      if not saved.exists():
+        start = time.monotonic()
+        report = self._reports / "coverage.json"
+        pid = self._fork(probes, [file], None, report, [])
+        _, status, usage = os.wait4(pid, 0)
+        broken = json.loads(report.read_text())["failed"]
+        if broken:
+          text = report.with_suffix(".log").read_text()[-3000:]
+          log(f"left out, fails without any fault: {broken}\n{text}")
+        log(
+            f"{file}: tests reached in {time.monotonic() - start:.0f} s"
+            f" ({usage.ru_utime + usage.ru_stime:.0f} CPU s)"
+        )
+        report.rename(saved)
+      self._coverage[file] = json.loads(saved.read_text())
+    self._import()
+
+  def _made_of(self, file: str) -> list[pathlib.Path]:
+    path, _, case = file.partition("::")
+    paths = [self._root / path]
+    if case:
+      name = case[case.index("[") + 1 : -1]
+      paths.append(self._root / f"tests/golden_readers/{name}.py")
+      paths.append(self._root / f"tests/golden/{name}.npz")
+    return paths
+
+  def _import(self) -> None:
+    """What the children need, without what is under test or starts devices."""
+    names = {n for c in self._coverage.values() for n in c["imported"]}
+    ours = {m.split(".")[0] for m in self._sources} | {"tests", "__main__"}
+    for point in importlib.metadata.entry_points(group="pytest11"):
+      names.add(point.module)
+    files = {f.split("::")[0] for fs in self._tests.values() for f in fs}
+    for path in [self._path(m) for m in self._sources] + [
+        self._root / f for f in files
+    ]:
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+          names.add(node.module)
+    for name in sorted(names):
+      top = name.split(".")[0]
+      if top not in ours and top != "conftest" and "_test" not in name:
+        try:
+          importlib.import_module(name)
+        except BaseException:  # pylint: disable=broad-except
+          continue  # made by hand, or not importable alone
+    if (self._root / "tests/conftest.py").exists():
+      importlib.import_module("tests.conftest")
+    for name in sorted(names | set(self._sources)):
+      if name.split(".")[0] in ours - {"tests", "__main__"}:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    self._compiled = self._programs()
+
+  def _programs(self) -> set[str]:
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+  def _reaching(self, mutant: Mutant) -> dict[str, tuple]:
+    """{test: sort key} of the tests that reach a mutant."""
+    if not mutant.function:
+      return {}
+    lines = {mutant.statement}
+    tree = ast.parse(self._sources[mutant.module])
+    own = _statements(tree, mutant.function)
+    if mutant.function == "<module>":
+      own = _users(tree, mutant.statement)
+    if mutant.statement not in own or mutant.function == "<module>":
+      lines = own  # a default or a constant: wherever the function runs
+    name = mutant.function.split(".")[-1]
+    found = {}
+    for file in self._tests[mutant.module]:
+      text = "".join(
+          p.read_text() for p in self._made_of(file) if p.suffix == ".py"
+      )
+      for test, entry in self._coverage[file]["tests"].items():
+        hits = set(entry["hits"].get(mutant.module, ()))
+        if not lines or hits & lines:
+          spread = sum(len(h) for h in entry["hits"].values())
+          found[test] = (
+              -self._killers[mutant.module, mutant.function][test],
+              "golden" in file,
+              name not in text,
+              entry["seconds"] * (1 + spread / 50),
+          )
+    return found
+
+  # -- one mutant ------------------------------------------------------------
+  def _start(self, mutant: Mutant, whole: bool) -> tuple:
+    found = self._reaching(mutant)
+    if whole:  # all tests of its own file, whatever the probes said
+      own = self._tests[mutant.module][0]
+      for test, entry in self._coverage[own]["tests"].items():
+        found.setdefault(test, (1, 0, 0, entry["seconds"]))
+    if not found:
+      return None, None
+    order = sorted(found, key=found.get)
+    ranks = {test: i for i, test in enumerate(order)}
+    files = sorted({test.split("::")[0] for test in order})
+    text = mutant.apply(self._sources[mutant.module])
+    report = self._reports / f"{mutant.start}_{abs(hash(mutant))}.json"
+    sources = {mutant.module: text}
+    pid = self._fork(sources, files, ranks, report, ["-x"])
+    return pid, report
+
+  def run(
+      self, mutants: Iterable[Mutant], jobs: int, whole: bool = False
+  ) -> Iterator[tuple[Mutant, str, float]]:
+    """Yields (mutant, what killed it or "", CPU seconds) as they end."""
+    waiting, running = collections.deque(mutants), {}
+    while waiting or running:
+      while waiting and len(running) < jobs:
+        mutant = waiting.popleft()
+        pid, report = self._start(mutant, whole)
+        if pid is None:
+          yield mutant, "", 0.0
+        else:
+          running[pid] = (mutant, report, time.monotonic())
+      if not running:
+        continue
+      # Asks instead of waiting for any child: others in this process may wait.
+      time.sleep(0.02)
+      for pid, (mutant, report, since) in list(running.items()):
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        killer = None
+        if not done:
+          if time.monotonic() - since < self._timeout:
+            continue
+          os.killpg(pid, signal.SIGKILL)
+          _, status, usage = os.wait4(pid, 0)
+          killer = "time limit"
+        del running[pid]
+        if killer is None and status:
+          try:
+            killer = json.loads(report.read_text())["failed"][0]
+          except (OSError, ValueError, LookupError):
+            killer = None
+          killer = killer or "import"
+          self._killers[mutant.module, mutant.function][killer] += 1
+        for file in (report, report.with_suffix(".log")):
+          file.unlink(missing_ok=True)
+        self._sweep()
+        yield mutant, killer or "", usage.ru_utime + usage.ru_stime
+
+  def close(self) -> None:
+    """Removes what only this run needed."""
+    shutil.rmtree(self._reports, ignore_errors=True)
+
+  def _sweep(self) -> None:
+    """Forgets the programs of mutants."""
+    for name in self._programs() - self._compiled:
+      path = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"], name)
+      if time.time() - path.stat().st_mtime > 120:
+        path.unlink(missing_ok=True)
+
+
+def _statements(tree: ast.AST, function: str) -> set[int]:
+  """Lines of the statements inside a function or class, by dotted name."""
+  scope: ast.AST = tree
+  for part in function.split("."):
+    if part == "<module>":
+      return set()
+    for node in ast.walk(scope):
+      if getattr(node, "name", None) == part and node is not scope:
+        scope = node
+        break
+  return {
+      node.lineno
+      for node in ast.walk(scope)
+      if isinstance(node, ast.stmt) and node is not scope
+  }
+
+
+def _users(tree: ast.Module, line: int) -> set[int]:
+  """Lines of the top-level definitions that read what `line` assigns."""
+  (statement,) = [s for s in tree.body if s.lineno == line]
+  names = {
+      n.id
+      for n in ast.walk(statement)
+      if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+  }
+  return {
+      node.lineno
+      for top in tree.body
+      if any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(top))
+      for node in ast.walk(top)
+      if isinstance(node, ast.stmt) and node is not top
+  }
+
+
+def read_equivalent(path: pathlib.Path) -> dict[str, str]:
+  """{name of a mutant: why it is no fault} from the committed list."""
+  out = {}
+  if path.exists():
+    for line in path.read_text().splitlines():
+      if line.strip() and not line.startswith("#"):
+        name, reason = line.rsplit(" | ", 1)
+        out[name.strip()] = reason.strip()
+  return out
+
+
+def _tests_of(root: pathlib.Path, module: str) -> tuple[str, ...]:
+  folder, name = module.split(".")[1:]
+  own = f"tests/{folder}/{name}_test.py"
+  beside = (
+      str(p.relative_to(root)) for p in root.glob("tests/processes/*_test.py")
+  )
+  files = [own, *(sorted(beside) if folder == "processes" else ())]
+  files = [*dict.fromkeys(files), *SHARED_TESTS]
+  tree = ast.parse((root / (module.replace(".", "/") + ".py")).read_text())
+  names = {getattr(node, "name", None) for node in tree.body}
+  for path in sorted((root / "tests/golden_readers").glob("*.py")):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    packages = {n.id for n in nodes if isinstance(n, ast.Name)}
+    recorded = root / f"tests/golden/{path.stem}.npz"
+    indirect = folder == "processes" and folder in packages
+    if recorded.exists() and (used & names or indirect):
+      files.append(GOLDEN.format(path.stem))
+  return tuple(f for f in files if (root / f.split("::")[0]).exists())
+
+
+def check(
+    checker: Checker,
+    mutants: Sequence[Mutant],
+    equivalent: dict[str, str],
+    jobs: int,
+    log=print,
+) -> tuple[dict[str, list[int]], list[Mutant]]:
+  """Runs mutants; gives {module: [killed, total]} and the survivors."""
+  todo = [m for m in mutants if m.name not in equivalent]
+  counts = {m.module: [0, 0] for m in todo}
+  for mutant, killer, _ in checker.run(checker.faultless(), jobs, whole=True):
+    if killer:
+      raise SystemExit(f"{mutant.module}: {killer} fails without a fault")
+  suspects, cpu, start = [], [], time.monotonic()
+  for mutant, killer, seconds in checker.run(todo, jobs):
+    cpu.append(seconds)
+    counts[mutant.module][1] += 1
+    if killer:
+      counts[mutant.module][0] += 1
+    else:
+      suspects.append(mutant)
+    place = f"{mutant.name} (line {mutant.line})"
+    log(f"{len(cpu)}/{len(todo)} {seconds:.1f} s {killer or 'ALIVE'}: {place}")
+  survivors = []
+  for mutant, killer, seconds in checker.run(suspects, jobs, whole=True):
+    cpu.append(seconds)
+    if killer:
+      counts[mutant.module][0] += 1
+    else:
+      survivors.append(mutant)
+  if cpu:
+    log(
+        f"{len(todo)} mutants in {time.monotonic() - start:.0f} s,"
+        f" {sum(cpu) / len(todo):.2f} CPU s each"
+    )
+  return counts, sorted(survivors, key=lambda m: (m.module, m.start))
+
+
+def summary(counts, survivors, listed: int) -> str:
+  """The report's table and list, in Markdown."""
+  lines = ["| module | killed | mutants | share |", "|---|---|---|---|"]
+  rows = [*sorted(counts.items())]
+  rows.append(("all", [sum(c) for c in zip(*counts.values())] or [0, 0]))
+  for name, (killed, total) in rows:
+    share = f"{100 * killed / total:.1f} %" if total else "-"
+    lines.append(f"| {name} | {killed} | {total} | {share} |")
+  lines += ["", f"Known equivalent mutants, not counted: {listed}.", ""]
+  lines += ["Survivors:" if survivors else "No survivors."]
+  lines += [f"- line {m.line}: `{m.name}`" for m in survivors]
+  return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("module", nargs="*", help="e.g. losses.feature")
+  parser.add_argument("--sample", type=int, help="mutants, at random")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--jobs", type=int, default=2)
+  parser.add_argument("--timeout", type=float, default=120, help="seconds each")
+  parser.add_argument("--cache", help="folder that is kept between runs")
+  parser.add_argument("--only", help="part of the name of the mutants to run")
+  parser.add_argument("--list", action="store_true", help="names only")
+  parser.add_argument("--output", help="file for the summary")
+  args = parser.parse_args(arguments)
+  root = HERE.parents[1]
+  modules = [
+      m if m.startswith("distilljax.") else f"distilljax.{m}"
+      for m in args.module
+  ] or list(MODULES)
+  default = pathlib.Path(tempfile.gettempdir(), f"mutate_{os.getuid()}")
+  cache = pathlib.Path(args.cache or default)
+  cache.mkdir(parents=True, exist_ok=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "programs")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  os.environ.setdefault("XLA_FLAGS", FLAGS)
+  sys.path.insert(0, str(root))
+
+  checker = Checker(
+      root,
+      {m: _tests_of(root, m) for m in modules},
+      cache,
+      args.timeout,
+      MODULES,
+  )
+  mutants = checker.mutants()
+  if args.only:
+    mutants = [m for m in mutants if args.only in m.name]
+  if args.list:
+    print(*(f"{m.name} (line {m.line})" for m in mutants), sep="\n")
+    return 0
+  equivalent = read_equivalent(EQUIVALENT)
+  everything = len(mutants)
+  if args.sample is not None and args.sample < everything:
+    mutants = random.Random(args.seed).sample(mutants, args.sample)
+  print(f"{len(mutants)} of {everything} mutants, seed {args.seed}")
+  checker.prepare()
+  counts, survivors = check(checker, mutants, equivalent, args.jobs)
+  checker.close()
+  listed = sum(m.name in equivalent for m in mutants)
+  text = summary(counts, survivors, listed)
+  print(text)
+  if args.output:
+    pathlib.Path(args.output).write_text(text + "\n")
+  return int(bool(survivors))
+
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+)
+
+if __name__ == "__main__":
+  sys.exit(main())
