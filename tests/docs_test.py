@@ -1,7 +1,8 @@
 """Documentation that runs: README, worked example, docstrings, notebook."""
 
 import doctest
-import importlib
+import importlib.util
+import json
 import os
 import pathlib
 import pkgutil
@@ -10,8 +11,6 @@ import subprocess
 import sys
 
 import pytest
-
-import distilljax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -107,9 +106,82 @@ def test_docstring_examples(name):
   assert result.failed == 0, f"{result.failed} of {result.attempted} failed"
 
 
-def test_there_are_docstring_examples():
+def test_the_collector_finds_docstring_examples():
   finder = doctest.DocTestFinder()
-  examples = sum(
-      len(test.examples) for test in finder.find(distilljax.losses.divergence)
+  found = [
+      test.name
+      for name in documented_modules()
+      for test in finder.find(importlib.import_module(name))
+      if test.examples
+  ]
+  assert "distilljax.losses.reduction.masked_mean" in found
+  assert "distilljax.models.zoo.make" in found
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_as_committed(path):
+  text = path.read_text()
+  first, *rest = json.loads(text)["cells"]
+  # One variable names where the package comes from; nothing else does.
+  source = "".join(first["source"])
+  assert first["cell_type"] == "code"
+  assert len(re.findall(r"^SOURCE = \".+\"", source, re.MULTILINE)) == 1
+  assert "http" not in text
+  assert "pip" not in "".join("".join(cell["source"]) for cell in rest)
+  assert len(text) < 300_000
+  cells = [cell for cell in [first, *rest] if cell["cell_type"] == "code"]
+  assert [cell["execution_count"] for cell in cells] == list(
+      range(1, len(cells) + 1)
   )
-  assert examples > 10
+  outputs = [output for cell in cells for output in cell["outputs"]]
+  assert not [o for o in outputs if o["output_type"] == "error"]
+  assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+  import nbclient
+  import nbformat
+
+  notebook = nbformat.read(path, 4)
+  client = nbclient.NotebookClient(
+      notebook, timeout=900, kernel_name="python3",
+      resources={"metadata": {"path": str(path.parent)}},
+  )
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  client.execute(env={**environment, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+def test_the_docs_build_without_a_warning(tmp_path):
+  pytest.importorskip("sphinx", reason="needs the extra docs")
+  done = run_fresh(
+      "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs",
+      tmp_path / "html", JAX_PLATFORMS="cpu",
+  )
+  assert done.returncode == 0, done.stderr
+  for page in ("index", "floors", "adding_a_method", "api/losses"):
+    assert (tmp_path / "html" / f"{page}.html").is_file()
+
+
+def test_docstrings_become_what_they_say():
+  spec = importlib.util.spec_from_file_location(
+      "plain_docstrings", DOCS / "plain_docstrings.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  lines = [
+      "One line: |a| * b of `x_`.", "", "With", "  x * y", "z:", "* one",
+      "* two", "", "Args:", "  **hyper: a * b", "      deep", "",
+      "Example:", "  >>> f(2 * 3)", "  6",
+  ]
+  assert module.convert(lines) == [
+      "One line: \\|a\\| \\* b of ``x_``.", "", "With", "", "::", "",
+      "  x * y", "", "z:", "", "* one", "* two", "", "Args:",
+      "  **hyper: a \\* b", "    deep", "", "Example:", "  >>> f(2 * 3)", "  6",
+      "",
+  ]
