@@ -98,7 +98,7 @@ def main(argv: list[str], overrides: list[str]) -> None:
       job.train_and_evaluate(config, _WORKDIR.value, command=command)
   except train.Interrupted as e:
     _stop(str(e), 0 if e.signum == signal.SIGTERM else 130)
-  except (train.SaveError, train.Diverged, ValueError) as e:
+  except (train.SaveError, train.Diverged, ValueError, OSError) as e:
     if "\n" in str(e):
       raise
     _stop(f"error: {e}", 1)

@@ -26,6 +26,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("distilljax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(request):
+  """Hundreds of tiny programs, each run once: compile them without optimising.
+
+  A module that runs long programs says `LONG_PROGRAMS = True`, and everything
+  does in a session with slow tests.
+  """
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  slow = "not slow" not in (request.config.option.markexpr or "")
+  long_programs = getattr(request.module, "LONG_PROGRAMS", False)
+  jax.config.update(name, not (slow or long_programs))
+  yield
+  jax.config.update(name, before)
+
+
 @pytest.fixture
 def x64():
   """Float64 inside the test."""

@@ -56,7 +56,7 @@ def guided(
     null = jnp.full_like(cond["label"], null_label)
     with_label = apply_fn(params, x, t, **cond)
     without = apply_fn(params, x, t, **{**cond, "label": null})
-    return without + weight * (with_label - without)
+    return processes.guide(without, with_label, weight)
 
   return fn
 

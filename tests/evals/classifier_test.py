@@ -10,6 +10,8 @@ from distilljax import data, evals
 from distilljax.evals import classifier as classifier_lib
 from tests import helpers
 
+LONG_PROGRAMS = True
+
 _FAST = {"epochs": 10.0, "batch_size": 16, "learning_rate": 3e-3}
 
 

@@ -11,6 +11,8 @@ from distilljax import evals, oracles
 from distilljax.evals import two_dimensional
 from tests.helpers import one_line_error
 
+LONG_PROGRAMS = True
+
 
 def samples(n, m, d=2, seed=0):
   rng = np.random.default_rng(seed)

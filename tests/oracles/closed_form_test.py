@@ -13,7 +13,6 @@ import pytest
 
 from distilljax import losses, oracles, processes
 from distilljax.oracles import gaussian_mixture as gm
-from tests.processes.conftest import quick_compiles  # noqa: F401
 
 RF = processes.RectifiedFlow()
 COL = lambda a: a[:, None]

@@ -10,7 +10,6 @@ import distilljax
 from distilljax import oracles, processes
 from distilljax.oracles import gaussian_mixture as gm
 from tests.helpers import as_user, one_line_error
-from tests.processes.conftest import quick_compiles  # noqa: F401
 
 RF = processes.RectifiedFlow()
 PATHS = {
