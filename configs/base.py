@@ -11,39 +11,39 @@ def base(title: str, data: str, batch_size: int) -> ml_collections.ConfigDict:
   config.stages = ()  # names of the blocks trained, in order
 
   config.data = {
-      "name": data,  # digits, fashion14, fashion28; ring8, unit_ring, grid25
-      "batch_size": batch_size,  # rows a step over all devices
-      "augment": None,  # {"flip": True, "shift": 1} in pixels, or None
-      "folder": None,  # of the fashion28 originals; None looks where they are
-      "rows": 0,  # training rows used; 0 is all (plane: 65,536 drawn)
+    "name": data,  # digits, fashion14, fashion28; ring8, unit_ring, grid25
+    "batch_size": batch_size,  # rows a step over all devices
+    "augment": None,  # {"flip": True, "shift": 1} in pixels, or None
+    "folder": None,  # of the fashion28 originals; None looks where they are
+    "rows": 0,  # training rows used; 0 is all (plane: 65,536 drawn)
   }
   config.model = {}  # kind and hyper-parameters of the zoo's network
 
   config.run = {
-      "log_every": 50,  # steps between metric lines
-      "checkpoint_every": 500,  # steps between checkpoints
-      "keep": 2,  # checkpoints kept a stage
-      "max_skips_in_a_row": 20,  # non-finite updates before a run stops
+    "log_every": 50,  # steps between metric lines
+    "checkpoint_every": 500,  # steps between checkpoints
+    "keep": 2,  # checkpoints kept a stage
+    "max_skips_in_a_row": 20,  # non-finite updates before a run stops
   }
   config.evaluation = {
-      "n": 2000,  # samples a score
-      "batch": 500,  # samples at a time
-      "noise_seed": 1234,  # of the latents: the same for every model
-      "teacher_steps": (20, 1),  # sampling steps scored
-      "student_steps": (1, 2),
-      "watches": 4,  # scores and sample strips a stage during training
-      "watch_n": 500,  # samples of each of these scores
+    "n": 2000,  # samples a score
+    "batch": 500,  # samples at a time
+    "noise_seed": 1234,  # of the latents: the same for every model
+    "teacher_steps": (20, 1),  # sampling steps scored
+    "student_steps": (1, 2),
+    "watches": 4,  # scores and sample strips a stage during training
+    "watch_n": 500,  # samples of each of these scores
   }
   return config
 
 
 def stage(
-    method: str,
-    steps: int,
-    networks: dict,
-    optimizers: dict,
-    hyper: dict,
-    **more,
+  method: str,
+  steps: int,
+  networks: dict,
+  optimizers: dict,
+  hyper: dict,
+  **more,
 ) -> dict:
   """One stage block.
 
@@ -59,120 +59,122 @@ def stage(
     **more: "ema_warmup", "data", "data_rows", "batch_size", "accumulation".
   """
   return {
-      "method": method,
-      "steps": steps,
-      "networks": networks,
-      "optimizers": optimizers,
-      "hyper": hyper,
-      "ema_warmup": True,  # EMA decay min(decay, (1 + step) / (10 + step))
-      "data": None,  # "pairs": latents with their exact endpoints (plane)
-      "data_rows": 0,  # rows of the stage's data; 0 is config.data.rows
-      "batch_size": None,  # None is config.data.batch_size
-      "accumulation": 1,  # micro-batches a step
-      **more,
+    "method": method,
+    "steps": steps,
+    "networks": networks,
+    "optimizers": optimizers,
+    "hyper": hyper,
+    "ema_warmup": True,  # EMA decay min(decay, (1 + step) / (10 + step))
+    "data": None,  # "pairs": latents with their exact endpoints (plane)
+    "data_rows": 0,  # rows of the stage's data; 0 is config.data.rows
+    "batch_size": None,  # None is config.data.batch_size
+    "accumulation": 1,  # micro-batches a step
+    **more,
   }
 
 
 def image_teacher(steps: int, learning_rate: float) -> dict:
   """A class-conditional flow-matching teacher, trained from scratch."""
   return stage(
-      "flow_matching",
-      steps,
-      networks={"student": {"start": "scratch"}},
-      optimizers={
-          "student": {
-              "learning_rate": learning_rate,
-              "schedule": "cosine",
-              "warmup": min(100, steps // 4),  # steps
-              "clip_norm": 1.0,  # global gradient norm
-          }
-      },
-      hyper={
-          "ema_decay": 0.995,
-          "label_drop": 0.0,  # no guidance in this job, so no null label
-      },
+    "flow_matching",
+    steps,
+    networks={"student": {"start": "scratch"}},
+    optimizers={
+      "student": {
+        "learning_rate": learning_rate,
+        "schedule": "cosine",
+        "warmup": min(100, steps // 4),  # steps
+        "clip_norm": 1.0,  # global gradient norm
+      }
+    },
+    hyper={
+      "ema_decay": 0.995,
+      "label_drop": 0.0,  # no guidance in this job, so no null label
+    },
   )
 
 
 def regression(steps: int, rows: int) -> dict:
   """Regression on `rows` exact ODE pairs of a problem in the plane."""
   return stage(
-      "ode_regression",
-      steps,
-      networks={"student": {"start": "scratch"}},
-      optimizers={"student": {"learning_rate": 1e-3, "schedule": "cosine"}},
-      hyper={"prediction": "x0", "ema_decay": 0.99},
-      data="pairs",
-      data_rows=rows,
+    "ode_regression",
+    steps,
+    networks={"student": {"start": "scratch"}},
+    optimizers={"student": {"learning_rate": 1e-3, "schedule": "cosine"}},
+    hyper={"prediction": "x0", "ema_decay": 0.99},
+    data="pairs",
+    data_rows=rows,
   )
 
 
 def dmd2_images(steps: int) -> dict:
   """DMD2 without its GAN from the stage "teacher", for small images."""
   return stage(
-      "dmd2",
-      steps,
-      networks={
-          "student": {"start": "teacher"},
-          "critic": {"start": "teacher", "head_width": 0},
-          "teacher": {"start": "teacher"},
+    "dmd2",
+    steps,
+    networks={
+      "student": {"start": "teacher"},
+      "critic": {"start": "teacher", "head_width": 0},
+      "teacher": {"start": "teacher"},
+    },
+    optimizers={
+      "student": {
+        "learning_rate": 2e-4,
+        "b1": 0.0,
+        "b2": 0.99,
+        "schedule": "cosine",
+        "clip_norm": 10.0,
       },
-      optimizers={
-          "student": {
-              "learning_rate": 2e-4,
-              "b1": 0.0,
-              "b2": 0.99,
-              "schedule": "cosine",
-              "clip_norm": 10.0,
-          },
-          "critic": {
-              "learning_rate": 5e-4,
-              "b1": 0.0,
-              "b2": 0.99,
-              "clip_norm": 10.0,
-          },
+      "critic": {
+        "learning_rate": 5e-4,
+        "b1": 0.0,
+        "b2": 0.99,
+        "clip_norm": 10.0,
       },
-      hyper={
-          "ratio": 2,  # critic updates per student update
-          "gan_weight": 0.0,
-          "gan_critic_weight": 0.0,
-          "ema_decay": 0.995,
-      },
+    },
+    hyper={
+      "ratio": 2,  # critic updates per student update
+      "gan_weight": 0.0,
+      "gan_critic_weight": 0.0,
+      "ema_decay": 0.995,
+    },
   )
 
 
 def mean_flow_images(steps: int) -> dict:
   """MeanFlow distilled from the stage "teacher", for small images."""
   return stage(
-      "mean_flow",
-      steps,
-      networks={
-          "student": {"start": "teacher", "second_time": True},
-          "teacher": {"start": "teacher"},
-      },
-      optimizers={
-          "student": {
-              "learning_rate": 1e-3,
-              "schedule": "cosine",
-              "warmup": min(50, steps // 4),
-              "clip_norm": 1.0,
-          }
-      },
-      hyper={
-          "source": "teacher",
-          "time_mean": 0.0,
-          "equal": 0.5,
-          "t_one": 0.25,
-          "r_zero": 0.25,
-          "norm_p": 0.5,
-          "norm_eps": 0.01,
-          "elements": "mean",
-          "ema_decay": 0.995,
-      },
+    "mean_flow",
+    steps,
+    networks={
+      "student": {"start": "teacher", "second_time": True},
+      "teacher": {"start": "teacher"},
+    },
+    optimizers={
+      "student": {
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": min(50, steps // 4),
+        "clip_norm": 1.0,
+      }
+    },
+    hyper={
+      "source": "teacher",
+      "time_mean": 0.0,
+      "equal": 0.5,
+      "t_one": 0.25,
+      "r_zero": 0.25,
+      "norm_p": 0.5,
+      "norm_eps": 0.01,
+      "elements": "mean",
+      "ema_decay": 0.995,
+    },
   )
 
 
-def fashion14(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
+def fashion14(
+  title: str, *, small: bool, seed: int
+) -> ml_collections.ConfigDict:
   """14x14 fashion images, a UNet and its teacher; `small` for CI."""
   config = base(title, data="fashion14", batch_size=64)
   config.seed = seed
@@ -186,10 +188,10 @@ def digits(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
   config = base(title, data="digits", batch_size=64)
   config.seed = seed
   config.model = {
-      "kind": "dit",
-      "width": 32 if small else 64,
-      "depth": 1 if small else 3,
-      "patch": 2,
+    "kind": "dit",
+    "width": 32 if small else 64,
+    "depth": 1 if small else 3,
+    "patch": 2,
   }
   config.teacher = image_teacher(20 if small else 2000, 2e-3)
   return _small_images(config) if small else config

@@ -12,9 +12,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.digits(
-      "Digits in one step: DMD2 from a small transformer",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Digits in one step: DMD2 from a small transformer",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   config.student = base.dmd2_images(20 if arg.runlocal else 800)

@@ -14,9 +14,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.fashion14(
-      "Fashion images in one step: DMD2 from a small flow-matching teacher",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Fashion images in one step: DMD2 from a small flow-matching teacher",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   config.student = base.dmd2_images(20 if arg.runlocal else 700)

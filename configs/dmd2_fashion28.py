@@ -16,9 +16,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.fashion14(
-      "Fashion-MNIST in one step: DMD2 with a GAN at 28x28",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Fashion-MNIST in one step: DMD2 with a GAN at 28x28",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   if not arg.runlocal:

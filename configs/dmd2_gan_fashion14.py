@@ -1,6 +1,7 @@
 """DMD2 with its GAN on fashion images: can the student beat its teacher?
 
-python -m experiments.train --config=configs/dmd2_gan_fashion14.py --workdir=/tmp/x
+python -m experiments.train \\
+  --config=configs/dmd2_gan_fashion14.py --workdir=/tmp/x
 
 The discriminator is a head on the critic's bottleneck, fed with real images and
 samples at the noise of the score (one forward for both).
@@ -16,17 +17,19 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, gan=0.03, steps=1400, seed=0)
   config = base.fashion14(
-      "Fashion images in one step: DMD2 with a GAN on real images",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Fashion images in one step: DMD2 with a GAN on real images",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   config.student = base.dmd2_images(20 if arg.runlocal else arg.steps)
   config.student.networks.critic.head_width = 64
-  config.student.hyper.update({
+  config.student.hyper.update(
+    {
       "gan_weight": arg.gan,
       "gan_critic_weight": 3 * arg.gan,
       "gan_shares_noise": True,
       "gan_t_max": 0.98,
-  })
+    }
+  )
   return config

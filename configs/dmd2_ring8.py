@@ -17,48 +17,48 @@ def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, warmup=True, seed=0)
   small = arg.runlocal
   config = base.ring8(
-      "Eight modes on a ring in one step: DMD2 from the exact teacher",
-      small=small,
-      seed=arg.seed,
+    "Eight modes on a ring in one step: DMD2 from the exact teacher",
+    small=small,
+    seed=arg.seed,
   )
   config.model = {"kind": "mlp", "width": 64, "depth": 3}
   config.stages = ("warmup", "student") if arg.warmup else ("student",)
   config.warmup = base.regression(20 if small else 300, rows=512)
   config.student = base.stage(
-      "dmd2",
-      50 if small else 15000,
-      networks={
-          "student": {"start": "warmup" if arg.warmup else "scratch"},
-          "critic": {"start": "exact", "correction": True},
-          "teacher": {"start": "exact"},
+    "dmd2",
+    50 if small else 15000,
+    networks={
+      "student": {"start": "warmup" if arg.warmup else "scratch"},
+      "critic": {"start": "exact", "correction": True},
+      "teacher": {"start": "exact"},
+    },
+    optimizers={
+      "student": {
+        "learning_rate": 1e-3,
+        "b1": 0.0,
+        "b2": 0.99,
+        "schedule": "cosine",
       },
-      optimizers={
-          "student": {
-              "learning_rate": 1e-3,
-              "b1": 0.0,
-              "b2": 0.99,
-              "schedule": "cosine",
-          },
-          "critic": {
-              "learning_rate": 1e-3,
-              "b1": 0.0,
-              "b2": 0.99,
-              "schedule": "cosine",
-          },
+      "critic": {
+        "learning_rate": 1e-3,
+        "b1": 0.0,
+        "b2": 0.99,
+        "schedule": "cosine",
       },
-      hyper={
-          "prediction": "x0",
-          "ratio": 5,
-          # sigma / alpha log-uniform in [.05, 5], both for student and critic
-          "time_distribution": "log_sigma",
-          "t_min": 0.05 / 1.05,
-          "t_max": 5 / 6,
-          "critic_t_min": 0.05 / 1.05,
-          "critic_t_max": 5 / 6,
-          "gan_weight": 0.0,
-          "gan_critic_weight": 0.0,
-          "ema_decay": 0.99,
-      },
+    },
+    hyper={
+      "prediction": "x0",
+      "ratio": 5,
+      # sigma / alpha log-uniform in [.05, 5], both for student and critic
+      "time_distribution": "log_sigma",
+      "t_min": 0.05 / 1.05,
+      "t_max": 5 / 6,
+      "critic_t_min": 0.05 / 1.05,
+      "critic_t_max": 5 / 6,
+      "gan_weight": 0.0,
+      "gan_critic_weight": 0.0,
+      "ema_decay": 0.99,
+    },
   )
   config.evaluation.student_steps = (1,)
   return config

@@ -1,6 +1,7 @@
 """The teacher alone: flow matching on 14x14 fashion images.
 
-python -m experiments.train --config=configs/flow_matching_fashion14.py --workdir=/tmp/x
+python -m experiments.train \\
+  --config=configs/flow_matching_fashion14.py --workdir=/tmp/x
 
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
@@ -12,7 +13,7 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.fashion14(
-      "Fashion images by flow matching", small=arg.runlocal, seed=arg.seed
+    "Fashion images by flow matching", small=arg.runlocal, seed=arg.seed
   )
   config.stages = ("teacher",)
   config.evaluation.teacher_steps = (20, 8, 4, 2, 1)

@@ -1,6 +1,7 @@
 """MeanFlow distilled from a small transformer of 8x8 digits.
 
-python -m experiments.train --config=configs/mean_flow_digits.py --workdir=/tmp/x
+python -m experiments.train \\
+  --config=configs/mean_flow_digits.py --workdir=/tmp/x
 
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
@@ -12,9 +13,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.digits(
-      "Digits in one step: MeanFlow from a small transformer",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Digits in one step: MeanFlow from a small transformer",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   config.student = base.mean_flow_images(20 if arg.runlocal else 1000)

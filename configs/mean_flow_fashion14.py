@@ -1,6 +1,7 @@
 """MeanFlow distilled from a small teacher of 14x14 fashion images.
 
-python -m experiments.train --config=configs/mean_flow_fashion14.py --workdir=/tmp/x
+python -m experiments.train \\
+  --config=configs/mean_flow_fashion14.py --workdir=/tmp/x
 
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
@@ -12,9 +13,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.fashion14(
-      "Fashion images in one step: MeanFlow from a small teacher",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Fashion images in one step: MeanFlow from a small teacher",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.stages = ("teacher", "student")
   config.student = base.mean_flow_images(20 if arg.runlocal else 1000)

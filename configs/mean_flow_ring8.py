@@ -14,13 +14,13 @@ from distilljax.train import config as config_lib
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, runlocal=False, source="teacher", identity="eulerian", seed=0
+    arg, runlocal=False, source="teacher", identity="eulerian", seed=0
   )
   small = arg.runlocal
   config = base.ring8(
-      "Eight modes on a ring in one step: MeanFlow from the exact velocity",
-      small=small,
-      seed=arg.seed,
+    "Eight modes on a ring in one step: MeanFlow from the exact velocity",
+    small=small,
+    seed=arg.seed,
   )
   config.model = {"kind": "mlp", "width": 96, "depth": 3, "max_frequency": 3.0}
   config.stages = ("student",)
@@ -28,21 +28,21 @@ def get_config(arg=None):
   if arg.source == "teacher":
     networks["teacher"] = {"start": "exact"}
   config.student = base.stage(
-      "mean_flow",
-      50 if small else 6000,
-      networks=networks,
-      optimizers={"student": {"learning_rate": 1e-3, "schedule": "cosine"}},
-      hyper={
-          "source": arg.source,
-          "identity": arg.identity,
-          "time_distribution": "uniform",
-          "equal": 0.5,
-          "t_one": 0.2,
-          "r_zero": 0.2,
-          "norm_p": 0.5,
-          "norm_eps": 0.01,
-          "ema_decay": 0.995,
-      },
+    "mean_flow",
+    50 if small else 6000,
+    networks=networks,
+    optimizers={"student": {"learning_rate": 1e-3, "schedule": "cosine"}},
+    hyper={
+      "source": arg.source,
+      "identity": arg.identity,
+      "time_distribution": "uniform",
+      "equal": 0.5,
+      "t_one": 0.2,
+      "r_zero": 0.2,
+      "norm_p": 0.5,
+      "norm_eps": 0.01,
+      "ema_decay": 0.995,
+    },
   )
   config.evaluation.student_steps = (1, 2)
   return config

@@ -1,6 +1,7 @@
 """Regression on exact ODE pairs in the plane: the warm-up by itself.
 
-python -m experiments.train --config=configs/ode_regression_ring8.py --workdir=/tmp/x
+python -m experiments.train \\
+  --config=configs/ode_regression_ring8.py --workdir=/tmp/x
 
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
@@ -12,9 +13,9 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0)
   config = base.ring8(
-      "Eight modes on a ring in one step: regression on exact ODE pairs",
-      small=arg.runlocal,
-      seed=arg.seed,
+    "Eight modes on a ring in one step: regression on exact ODE pairs",
+    small=arg.runlocal,
+    seed=arg.seed,
   )
   config.model = {"kind": "mlp", "width": 96, "depth": 3, "max_frequency": 3.0}
   config.stages = ("student",)

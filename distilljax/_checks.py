@@ -93,21 +93,19 @@ def rank(fn: str, name: str, array: Any, expected: int, dims: str) -> None:
 def min_rank(fn: str, name: str, array: Any, expected: int, dims: str) -> None:
   """`array` has at least `expected` axes."""
   if jnp.ndim(array) < expected:
-    fail(
-        fn, name, f"{dims} (rank >= {expected})", _dims(jnp.shape(array))
-    )
+    fail(fn, name, f"{dims} (rank >= {expected})", _dims(jnp.shape(array)))
 
 
 def shape(
-    fn: str, name: str, array: Any, expected: Sequence[int], dims: str, like: str
+  fn: str, name: str, array: Any, expected: Sequence[int], dims: str, like: str
 ) -> None:
   """`array` has exactly the shape `expected`, the one that `like` implies."""
   if tuple(jnp.shape(array)) != tuple(expected):
     fail(
-        fn,
-        name,
-        f"{dims}={_dims(expected)} like {like}",
-        _dims(jnp.shape(array)),
+      fn,
+      name,
+      f"{dims}={_dims(expected)} like {like}",
+      _dims(jnp.shape(array)),
     )
 
 
@@ -118,10 +116,10 @@ def same_shape(fn: str, **arrays: Any) -> None:
   for name in others:
     if jnp.shape(given[name]) != jnp.shape(given[first]):
       fail(
-          fn,
-          name,
-          f"{_dims(jnp.shape(given[first]))} like {first}",
-          _dims(jnp.shape(given[name])),
+        fn,
+        name,
+        f"{_dims(jnp.shape(given[first]))} like {first}",
+        _dims(jnp.shape(given[name])),
       )
 
 
@@ -144,11 +142,11 @@ def floating(fn: str, **arrays: Any) -> None:
   """Every array has a floating dtype."""
   for name, array in arrays.items():
     if array is not None and not jnp.issubdtype(
-        jnp.result_type(array), jnp.floating
+      jnp.result_type(array), jnp.floating
     ):
       raise TypeError(
-          f"{fn}: {name} must be a floating array, got"
-          f" {jnp.result_type(array).name}"
+        f"{fn}: {name} must be a floating array, got"
+        f" {jnp.result_type(array).name}"
       )
 
 
@@ -156,11 +154,11 @@ def integer(fn: str, **arrays: Any) -> None:
   """Every array has an integer dtype."""
   for name, array in arrays.items():
     if array is not None and not jnp.issubdtype(
-        jnp.result_type(array), jnp.integer
+      jnp.result_type(array), jnp.integer
     ):
       raise TypeError(
-          f"{fn}: {name} must be an integer array, got"
-          f" {jnp.result_type(array).name}"
+        f"{fn}: {name} must be an integer array, got"
+        f" {jnp.result_type(array).name}"
       )
 
 
@@ -169,8 +167,7 @@ def boolean(fn: str, **arrays: Any) -> None:
   for name, array in arrays.items():
     if array is not None and jnp.result_type(array) != jnp.bool_:
       raise TypeError(
-          f"{fn}: {name} must be a bool array, got"
-          f" {jnp.result_type(array).name}"
+        f"{fn}: {name} must be a bool array, got {jnp.result_type(array).name}"
       )
 
 
@@ -185,26 +182,26 @@ def one_of(fn: str, name: str, value: Any, choices: Iterable[str]) -> None:
   choices = list(choices)
   if value not in choices:
     fail(
-        fn,
-        name,
-        f"one of {', '.join(repr(c) for c in choices)}",
-        f"{value!r}{nearest(value, choices)}",
+      fn,
+      name,
+      f"one of {', '.join(repr(c) for c in choices)}",
+      f"{value!r}{nearest(value, choices)}",
     )
 
 
 def is_number(value: Any) -> bool:
   """True for a Python or NumPy number, whose value can always be checked."""
   return isinstance(value, (numbers.Number, np.generic)) or (
-      isinstance(value, np.ndarray) and value.ndim == 0
+    isinstance(value, np.ndarray) and value.ndim == 0
   )
 
 
 def holds(
-    fn: str,
-    name: str,
-    value: Any,
-    predicate: Callable[[Any], Any],
-    expected: str,
+  fn: str,
+  name: str,
+  value: Any,
+  predicate: Callable[[Any], Any],
+  expected: str,
 ) -> None:
   """Checks `all(predicate(value))`: a number always, an array in debug mode.
 
@@ -227,10 +224,10 @@ def holds(
       ok = predicate(value)
       bad = jnp.sum(jnp.logical_not(ok))
       checkify.check(
-          jnp.all(ok),
-          f"{fn}: {name} must be {expected}, got {{bad}} of"
-          f" {np.size(ok)} entries that are not",
-          bad=bad,
+        jnp.all(ok),
+        f"{fn}: {name} must be {expected}, got {{bad}} of"
+        f" {np.size(ok)} entries that are not",
+        bad=bad,
       )
     return
   ok = np.asarray(predicate(jnp.asarray(value)))
@@ -245,6 +242,7 @@ def holds(
 
 def finite(fn: str, **arrays: Any) -> None:
   """No NaN and no infinity (numbers always, arrays in debug mode)."""
+
   def predicate(x):
     # NumPy for a number: inside a trace jnp would make a tracer of it.
     return np.isfinite(x) if is_number(x) else jnp.isfinite(x)
@@ -254,14 +252,14 @@ def finite(fn: str, **arrays: Any) -> None:
 
 
 def in_range(
-    fn: str,
-    name: str,
-    value: Any,
-    low: float | int | None = None,
-    high: float | int | None = None,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
+  fn: str,
+  name: str,
+  value: Any,
+  low: float | int | None = None,
+  high: float | int | None = None,
+  *,
+  open_low: bool = False,
+  open_high: bool = False,
 ) -> None:
   """low <= value <= high (strict where `open_*`); NaN fails."""
   low_text = "(-inf" if low is None else f"{'(' if open_low else '['}{low:g}"
@@ -278,7 +276,9 @@ def in_range(
   holds(fn, name, value, predicate, f"in {low_text}, {high_text}")
 
 
-def not_above(fn: str, low_name: str, low: Any, high_name: str, high: Any) -> None:
+def not_above(
+  fn: str, low_name: str, low: Any, high_name: str, high: Any
+) -> None:
   """low <= high elementwise (r <= t), numbers always, arrays in debug mode."""
   if is_number(low) and is_number(high):
     if not low <= high:
@@ -286,12 +286,12 @@ def not_above(fn: str, low_name: str, low: Any, high_name: str, high: Any) -> No
     return
   difference = jnp.asarray(high) - jnp.asarray(low)
   holds(
-      fn, low_name, difference, lambda d: d >= 0, f"<= {high_name} everywhere"
+    fn, low_name, difference, lambda d: d >= 0, f"<= {high_name} everywhere"
   )
 
 
 def at_least_float32(x: Any) -> jax.Array:
-  """`x` as an array of at least float32: bf16 and fp16 promote, float64 stays."""
+  """`x` in at least float32: bf16 and fp16 promote, float64 stays."""
   x = jnp.asarray(x)
   # Not promote_types, which refuses any mixture under strict promotion.
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

@@ -9,14 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array
-from jaxtyping import Bool
-from jaxtyping import Float
-from jaxtyping import Int
-from jaxtyping import Key
-from jaxtyping import PRNGKeyArray
-from jaxtyping import Scalar
-from jaxtyping import Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Scalar, Shaped
 
 # A Python number: an annotation `float` alone would refuse the integer 1.
 Number = float | int

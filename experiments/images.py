@@ -26,10 +26,10 @@ class ImageProblem:
   headline = "fcd"
 
   def __init__(
-      self,
-      config: Mapping[str, Any],
-      evaluation: Mapping[str, Any],
-      log: Callable[[str], None] = print,
+    self,
+    config: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    log: Callable[[str], None] = print,
   ):
     self._config = config
     self._evaluation = evaluation
@@ -45,8 +45,6 @@ class ImageProblem:
     known = {"num_classes": self.info.num_classes}
     if block["kind"] in ("unet", "dit"):
       known["in_channels"] = self.sample_shape[-1]
-    if block["kind"] == "dit":
-      known["image_size"] = self.sample_shape[0]
     return known
 
   @property
@@ -59,7 +57,7 @@ class ImageProblem:
     return
 
   def batches(
-      self, batch_size: int, seed: int, role: str, rows: int
+    self, batch_size: int, seed: int, role: str, rows: int
   ) -> Callable[[], Any]:
     """() -> iterator of training batches of the first `rows` rows (0: all)."""
     if role != "samples":
@@ -67,18 +65,18 @@ class ImageProblem:
     augment = self._config["augment"]
     arrays = {k: v[: rows or None] for k, v in self.train.items()}
     return lambda: data.make_iterator(
-        arrays,
-        batch_size,
-        seed=seed,
-        augment=dict(augment) if augment else None,
-        name=self._config["name"],
+      arrays,
+      batch_size,
+      seed=seed,
+      augment=dict(augment) if augment else None,
+      name=self._config["name"],
     )
 
   def inputs(self, n: int, key: jax.Array) -> dict[str, Any]:
     """Latents and labels for `n` samples, classes in equal numbers."""
     return {
-        "noise": jax.random.normal(key, (n, *self.sample_shape)),
-        "label": np.arange(n, dtype=np.int32) % self.info.num_classes,
+      "noise": jax.random.normal(key, (n, *self.sample_shape)),
+      "label": np.arange(n, dtype=np.int32) % self.info.num_classes,
     }
 
   def judge(self):
@@ -90,15 +88,17 @@ class ImageProblem:
       def progress(step, steps, values):
         if time.monotonic() - last[0] > 10:
           last[0] = time.monotonic()
-          self._log(f"classifier: step {step}/{steps}, loss {values['loss']:.3f}")
+          self._log(
+            f"classifier: step {step}/{steps}, loss {values['loss']:.3f}"
+          )
 
       classifier = evals.train_classifier(
-          self.train, self.test, progress=progress
+        self.train, self.test, progress=progress
       )
       reference = evals.image_reference(self.train, classifier)
       self._log(
-          f"classifier: test accuracy {classifier.accuracy:.3f},"
-          f" {time.monotonic() - began:.0f} s"
+        f"classifier: test accuracy {classifier.accuracy:.3f},"
+        f" {time.monotonic() - began:.0f} s"
       )
       self._judge = classifier, reference
     return self._judge
@@ -107,7 +107,7 @@ class ImageProblem:
     """Scores of real, blurred and random images."""
     classifier, _ = self.judge()
     return evals.image_floors(
-        self.test, self.train, classifier, n=self._evaluation["n"]
+      self.test, self.train, classifier, n=self._evaluation["n"]
     )
 
   def facts(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class ImageProblem:
     return {"classifier_accuracy": float(self.judge()[0].accuracy)}
 
   def score(
-      self, samples: np.ndarray, inputs: Mapping[str, Any]
+    self, samples: np.ndarray, inputs: Mapping[str, Any]
   ) -> dict[str, float]:
     """Metric -> value of one model's samples."""
     classifier, reference = self.judge()
@@ -127,8 +127,8 @@ class ImageProblem:
     grid = []
     for name, images in rows:
       grid += [
-          (name, images[i : i + classes])
-          for i in range(0, min(len(images), 2 * classes), classes)
+        (name, images[i : i + classes])
+        for i in range(0, min(len(images), 2 * classes), classes)
       ]
     return [report.image_grid(grid, self.info.class_names, **words)]
 

@@ -20,13 +20,21 @@ from distilljax.train.hooks import Every
 from experiments import images, plane
 
 PATHS = {
-    "rectified_flow": processes.RectifiedFlow,
-    "edm": processes.EDM,
-    "trigflow": processes.TrigFlow,
+  "rectified_flow": processes.RectifiedFlow,
+  "edm": processes.EDM,
+  "trigflow": processes.TrigFlow,
 }
 STAGE_KEYS = (
-    "method", "hyper", "ema_warmup", "networks", "data", "data_rows", "steps",
-    "batch_size", "optimizers", "accumulation",
+  "method",
+  "hyper",
+  "ema_warmup",
+  "networks",
+  "data",
+  "data_rows",
+  "steps",
+  "batch_size",
+  "optimizers",
+  "accumulation",
 )
 NETWORK_KEYS = ("start", "second_time", "head_width", "correction", "model")
 TOP_KEYS = ("seed", "title", "data", "model", "stages", "run", "evaluation")
@@ -55,13 +63,15 @@ def build(config: Any, log: Callable[[str], None] = print) -> Job:
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
   name = config.data.name
   problem_class = (
-      plane.PlaneProblem if name in plane.MIXTURES else images.ImageProblem
+    plane.PlaneProblem if name in plane.MIXTURES else images.ImageProblem
   )
   problem = problem_class(config.data, config.evaluation, log)
   stages = []
   for stage_name in config.stages:
     if stage_name not in config:
-      raise ValueError(f"config: stage {stage_name!r} has no block of that name")
+      raise ValueError(
+        f"config: stage {stage_name!r} has no block of that name"
+      )
     earlier = [s.name for s in stages]
     stages.append(_stage(config, problem, stage_name, earlier))
   return Job(config, problem, stages)
@@ -85,15 +95,15 @@ def _network(config, problem, spec, prediction) -> Callable[[Any], Any]:
       exact = problem.exact(prediction)
       inner = network.apply_fn
       network = models.from_callable(
-          lambda p, x, t, **c: exact.apply_fn({}, x, t) + inner(p, x, t, **c),
-          network.params,
+        lambda p, x, t, **c: exact.apply_fn({}, x, t) + inner(p, x, t, **c),
+        network.params,
       )
     if spec.get("head_width"):
       head = models.make(
-          "head",
-          train.named_key(key, "head"),
-          features=models.feature_dim(network, problem.sample_shape),
-          width=spec["head_width"],
+        "head",
+        train.named_key(key, "head"),
+        features=models.feature_dim(network, problem.sample_shape),
+        width=spec["head_width"],
       )
       network = models.with_head(network, head)
     return network
@@ -121,8 +131,8 @@ def _hyper(block, problem, stage_name) -> dict[str, Any]:
   if "path" in hyper:
     if hyper["path"] not in PATHS:
       raise ValueError(
-          f"config: {stage_name}.hyper.path must be one of {sorted(PATHS)}, got"
-          f" {hyper['path']!r}"
+        f"config: {stage_name}.hyper.path must be one of {sorted(PATHS)}, got"
+        f" {hyper['path']!r}"
       )
     hyper["path"] = PATHS[hyper["path"]]()
   if "null_label" in module.DEFAULTS and "null_label" not in hyper:
@@ -141,14 +151,16 @@ def _stage(config, problem, name, earlier) -> train.Stage:
     starts = ["scratch", "exact", *earlier]
     if spec.get("start") not in starts:
       raise ValueError(
-          f"config: {name}.networks.{network}.start must be one of {starts}, got"
-          f" {spec.get('start')!r}"
+        f"config: {name}.networks.{network}.start must be one of {starts}, got"
+        f" {spec.get('start')!r}"
       )
   hyper = _hyper(block, problem, name)
   prediction = hyper.get("prediction", "velocity")
-  makers = {k: _network(config, problem, s, prediction) for k, s in specs.items()}
+  makers = {
+    k: _network(config, problem, s, prediction) for k, s in specs.items()
+  }
   method = methods.get(block.method).make(
-      {k: _apply_fn(m) for k, m in makers.items()}, **hyper
+    {k: _apply_fn(m) for k, m in makers.items()}, **hyper
   )
 
   def init(key, results):
@@ -160,7 +172,7 @@ def _stage(config, problem, name, earlier) -> train.Stage:
       else:
         source = results[spec["start"]]
         params[network] = models.transfer(
-            source.get("ema", source.get("student")), made.params
+          source.get("ema", source.get("student")), made.params
         )
     return params
 
@@ -168,44 +180,47 @@ def _stage(config, problem, name, earlier) -> train.Stage:
   optimizers = {}
   for network in method.named(train.Trained):
     if network not in block.optimizers:
-      raise ValueError(f"config: {name}.optimizers has no entry for {network!r}")
+      raise ValueError(
+        f"config: {name}.optimizers has no entry for {network!r}"
+      )
     share = sum(network in entry for entry in cycle) / len(cycle)
     values = block.optimizers[network].to_dict()
     allowed = inspect.signature(train.make_optimizer).parameters
     config_lib.known(f"{name}.optimizers.{network}", values, allowed)
     optimizers[network] = train.make_optimizer(
-        **{"steps": max(1, round(block.steps * share)), **values}
+      **{"steps": max(1, round(block.steps * share)), **values}
     )
   batch_size = block.get("batch_size") or config.data.batch_size
   devices = jax.device_count()
+  nearest = max(1, round(batch_size / devices)) * devices
   if batch_size % devices:
     raise ValueError(
-        f"config: {name}: batch size must be divisible by {devices} devices,"
-        f" got {batch_size}; nearest: {max(1, round(batch_size / devices)) * devices}"
+      f"config: {name}: batch size must be divisible by {devices} devices,"
+      f" got {batch_size}; nearest: {nearest}"
     )
   return train.Stage(
-      name=name,
-      method=method,
-      optimizers=optimizers,
-      data=problem.batches(
-          batch_size,
-          config.seed,
-          block.get("data") or "samples",
-          block.get("data_rows") or config.data.rows,
-      ),
-      steps=block.steps,
-      init=init,
-      options={"accumulation": block.get("accumulation") or 1},
+    name=name,
+    method=method,
+    optimizers=optimizers,
+    data=problem.batches(
+      batch_size,
+      config.seed,
+      block.get("data") or "samples",
+      block.get("data_rows") or config.data.rows,
+    ),
+    steps=block.steps,
+    init=init,
+    options={"accumulation": block.get("accumulation") or 1},
   )
 
 
 def sample(
-    method: train.Method,
-    params: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    *,
-    steps: int,
-    batch: int,
+  method: train.Method,
+  params: Mapping[str, Any],
+  inputs: Mapping[str, Any],
+  *,
+  steps: int,
+  batch: int,
 ) -> np.ndarray:
   """Samples for all inputs, `batch` at a time."""
   n = len(inputs["noise"])
@@ -219,7 +234,7 @@ def sample(
 
 
 class _Watch:
-  """During training: the headline score and a strip of samples, from the EMA."""
+  """During training: the headline score and a strip of samples."""
 
   def __init__(self, job, stage, workdir):
     self.job, self.stage = job, stage
@@ -227,7 +242,7 @@ class _Watch:
     evaluation = job.config.evaluation
     self.steps = _steps_of(job, stage.name)[0]
     self.inputs = job.problem.inputs(
-        evaluation.watch_n, jax.random.key(evaluation.noise_seed)
+      evaluation.watch_n, jax.random.key(evaluation.noise_seed)
     )
     self.batch = evaluation.batch
     self.folder = workdir / "samples"
@@ -237,8 +252,11 @@ class _Watch:
       return None
     params = {**moment.frozen, **moment.state.params}
     x = sample(
-        self.stage.method, params, self.inputs, steps=self.steps,
-        batch=self.batch,
+      self.stage.method,
+      params,
+      self.inputs,
+      steps=self.steps,
+      batch=self.batch,
     )
     self.folder.mkdir(exist_ok=True)
     np.save(self.folder / f"{self.stage.name}_{moment.step:07d}.npy", x[:40])
@@ -257,18 +275,18 @@ def versions() -> dict[str, str]:
   """Versions of what a result depends on."""
   names = ("distilljax", "jax", "jaxlib", "flax", "optax", "numpy")
   return {
-      "python": platform.python_version(),
-      **{n: importlib.metadata.version(n) for n in names},
+    "python": platform.python_version(),
+    **{n: importlib.metadata.version(n) for n in names},
   }
 
 
 def train_and_evaluate(
-    config: Any,
-    workdir: str | os.PathLike,
-    *,
-    command: str = "",
-    log: Callable[[str], None] = print,
-    hooks: Sequence[train.Hook] = (),
+  config: Any,
+  workdir: str | os.PathLike,
+  *,
+  command: str = "",
+  log: Callable[[str], None] = print,
+  hooks: Sequence[train.Hook] = (),
 ) -> dict[str, Any]:
   """Runs a config: trains its stages, scores them, writes the report.
 
@@ -299,63 +317,62 @@ def train_and_evaluate(
   headline = job.problem.headline
   evaluation = config.evaluation
   watches = [
-      Every(max(1, stage.steps // evaluation.watches), watch)
-      for stage in job.stages
-      if evaluation.watches
-      for watch in [_Watch(job, stage, workdir)]
+    Every(max(1, stage.steps // evaluation.watches), watch)
+    for stage in job.stages
+    if evaluation.watches
+    for watch in [_Watch(job, stage, workdir)]
   ]
   before = _now()
   if evaluation.watches:
     job.problem.facts()  # the classifier, before the bars begin
   judged = _since(before)
   result = train.run(
-      job.stages,
-      workdir,
-      seed=config.seed,
-      log_every=config.run.log_every,
-      checkpoint_every=config.run.checkpoint_every,
-      keep=config.run.keep,
-      max_skips_in_a_row=config.run.max_skips_in_a_row,
-      hooks=[train.Progress(), *watches, *hooks],
-      log=log,
+    job.stages,
+    workdir,
+    seed=config.seed,
+    log_every=config.run.log_every,
+    checkpoint_every=config.run.checkpoint_every,
+    keep=config.run.keep,
+    max_skips_in_a_row=config.run.max_skips_in_a_row,
+    hooks=[train.Progress(), *watches, *hooks],
+    log=log,
   )
   before = _now()
   scores, rows = _evaluate(job, result, log)
   final = job.stages[-1]
   summary = {
-      "config_title": config.title,
-      "scores": scores,
-      "floors": job.problem.floors(),
-      "params_sha256": train.params_sha256(
-          result.params[final.name]["student"]
-      ),
-      "versions": versions(),
-      "seed": config.seed,
-      "skipped": result.skipped,
-      "devices": jax.device_count(),
-      **job.problem.facts(),
+    "config_title": config.title,
+    "scores": scores,
+    "floors": job.problem.floors(),
+    "params_sha256": train.params_sha256(result.params[final.name]["student"]),
+    "versions": versions(),
+    "seed": config.seed,
+    "skipped": result.skipped,
+    "devices": jax.device_count(),
+    **job.problem.facts(),
   }
   spent = {"judge": judged, "evaluation": _since(before)}
   for i, field in enumerate(("seconds", "cpu_seconds")):
     summary[field] = {
-        **getattr(result, field), **{k: v[i] for k, v in spent.items()}
+      **getattr(result, field),
+      **{k: v[i] for k, v in spent.items()},
     }
   summary["compile_seconds"] = result.compile_seconds
   summary["parameters"] = {
-      f"{stage.name}/{network}": models.count_params(params)
-      for stage in job.stages
-      for network, params in result.params[stage.name].items()
+    f"{stage.name}/{network}": models.count_params(params)
+    for stage in job.stages
+    for network, params in result.params[stage.name].items()
   }
   page = report.write_report(
-      workdir,
-      title=config.title,
-      lead=_lead(job, summary, headline),
-      summary={**summary, "config": config.to_dict()},
-      figures=_figures(job, workdir, rows, headline),
-      command=command,
+    workdir,
+    title=config.title,
+    lead=_lead(job, summary, headline),
+    summary={**summary, "config": config.to_dict()},
+    figures=_figures(job, workdir, rows, headline),
+    command=command,
   )
   report.write_atomically(
-      workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
+    workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
   )
   log(f"{_reached(summary, headline)} Report: {page}")
   return summary
@@ -373,7 +390,7 @@ def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:
   """Scores of every model and number of steps, and samples for the pictures."""
   evaluation = job.config.evaluation
   inputs = job.problem.inputs(
-      evaluation.n, jax.random.key(evaluation.noise_seed)
+    evaluation.n, jax.random.key(evaluation.noise_seed)
   )
   scores, rows = [], [job.problem.real()]
   shown = [(s.name, s.method, result.params[s.name]) for s in job.stages]
@@ -391,10 +408,15 @@ def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:
       log(f"scoring {words}")
       rows.append((words, x[:2000]))
       for metric, value in job.problem.score(x, inputs).items():
-        scores.append({
-            "model": model, "steps": steps, "metric": metric,
-            "value": value, "n": len(x),
-        })
+        scores.append(
+          {
+            "model": model,
+            "steps": steps,
+            "metric": metric,
+            "value": value,
+            "n": len(x),
+          }
+        )
   return scores, rows
 
 
@@ -412,7 +434,7 @@ def _reached(summary, headline) -> str:
     if row["metric"] == headline:
       plural = "s" if row["steps"] > 1 else ""
       parts.append(
-          f"{row['model']} at {row['steps']} step{plural} {row['value']:.3g}"
+        f"{row['model']} at {row['steps']} step{plural} {row['value']:.3g}"
       )
   floor = _get(summary["floors"], headline)
   return f"reached {headline}: {', '.join(parts)} (floor {floor:.2g})."
@@ -420,17 +442,17 @@ def _reached(summary, headline) -> str:
 
 def _lead(job: Job, summary, headline) -> str:
   stages = ", then ".join(
-      f"{s.name} by {s.method.name} ({s.method.paper}), {s.steps} steps"
-      for s in job.stages
+    f"{s.name} by {s.method.name} ({s.method.paper}), {s.steps} steps"
+    for s in job.stages
   )
   wall = sum(summary["seconds"].values())
   return (
-      f"Trained on {job.config.data.name}: {stages}; seed {summary['seed']}, one"
-      f" run, {wall:.0f} s in all on {summary['devices']} device(s)."
-      f" {_reached(summary, headline)[0].upper()}"
-      f"{_reached(summary, headline)[1:]}"
-      f" Scores use n = {job.config.evaluation.n} samples from the final"
-      " averaged weights; one seed says nothing about the spread over seeds."
+    f"Trained on {job.config.data.name}: {stages}; seed {summary['seed']}, one"
+    f" run, {wall:.0f} s in all on {summary['devices']} device(s)."
+    f" {_reached(summary, headline)[0].upper()}"
+    f"{_reached(summary, headline)[1:]}"
+    f" Scores use n = {job.config.evaluation.n} samples from the final"
+    " averaged weights; one seed says nothing about the spread over seeds."
   )
 
 
@@ -441,14 +463,14 @@ def _figures(job: Job, workdir: pathlib.Path, rows, headline):
     if len(files) > 1:
       steps = _steps_of(job, stage.name)[0]
       strip = [
-          (f"step {int(f.stem.rsplit('_', 1)[1])}", np.load(f)) for f in files
+        (f"step {int(f.stem.rsplit('_', 1)[1])}", np.load(f)) for f in files
       ]
       figures += job.problem.picture(
-          strip,
-          title=f"{stage.name} while it trains",
-          caption=(
-              f"Samples at {steps} step(s) from the same latents through the"
-              " training of the stage."
-          ),
+        strip,
+        title=f"{stage.name} while it trains",
+        caption=(
+          f"Samples at {steps} step(s) from the same latents through the"
+          " training of the stage."
+        ),
       )
   return figures + report.curves(workdir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Problems in the plane, whose teacher is a formula and whose answer is known."""
+"""Problems in the plane: the teacher is a formula, the answer is known."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from distilljax import data, evals, models, oracles, processes
 from distilljax.train import report
 
 MIXTURES = {
-    "ring8": oracles.ring8,
-    "unit_ring": oracles.unit_ring,
-    "grid25": oracles.grid25,
+  "ring8": oracles.ring8,
+  "unit_ring": oracles.unit_ring,
+  "grid25": oracles.grid25,
 }
 
 
@@ -32,10 +32,10 @@ class PlaneProblem:
   headline = "sliced_wasserstein"
 
   def __init__(
-      self,
-      config: Mapping[str, Any],
-      evaluation: Mapping[str, Any],
-      log: Callable[[str], None] = print,
+    self,
+    config: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    log: Callable[[str], None] = print,
   ):
     del log
     self._evaluation = evaluation
@@ -60,25 +60,31 @@ class PlaneProblem:
     return models.from_callable(apply_fn, {})
 
   def batches(
-      self, batch_size: int, seed: int, role: str, rows: int
+    self, batch_size: int, seed: int, role: str, rows: int
   ) -> Callable[[], Any]:
     """() -> iterator of batches: samples, or ODE pairs for role "pairs"."""
-    key = jax.random.key(seed + sum(role.encode()))
+    if role not in ("samples", "pairs"):
+      raise ValueError(
+        f"config: data of a stage must be 'samples' or 'pairs', got {role!r}"
+      )
     rows = rows or 65536
-    if role == "pairs":
-      latent = jax.random.normal(key, (rows, self.mixture.dim))
-      arrays = {"latent": latent, "x": self.endpoint(latent)}
-    else:
-      arrays = {"x": self.mixture.sample(key, rows)}
-    arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
-    return lambda: data.make_iterator(
-        arrays, batch_size, seed=seed, name="mixture"
-    )
+
+    def iterator():
+      key = jax.random.key(seed + sum(role.encode()))
+      if role == "pairs":
+        latent = jax.random.normal(key, (rows, self.mixture.dim))
+        arrays = {"latent": latent, "x": self.endpoint(latent)}
+      else:
+        arrays = {"x": self.mixture.sample(key, rows)}
+      arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
+      return data.make_iterator(arrays, batch_size, seed=seed, name="mixture")
+
+    return iterator
 
   def endpoint(self, latent: jax.Array) -> jax.Array:
     """Where the exact probability flow takes latents from t = 1 to t = 0."""
     return jax.jit(
-        lambda x: self.mixture.probability_flow(x, 1.0, 0.0, path=self.path)
+      lambda x: self.mixture.probability_flow(x, 1.0, 0.0, path=self.path)
     )(latent)
 
   def inputs(self, n: int, key: jax.Array) -> dict[str, Any]:
@@ -99,18 +105,21 @@ class PlaneProblem:
     exact = self.mixture.sample(key, n)
     reference = self._reference_sample(n)
     gaussian = jnp.mean(reference, 0) + jax.random.normal(
-        jax.random.fold_in(key, 1), (n, self.mixture.dim)
+      jax.random.fold_in(key, 1), (n, self.mixture.dim)
     ) * jnp.std(reference, 0)
     for name, x in (
-        ("floor: two true samples", exact),
-        ("floor: Gaussian of equal moments", gaussian),
+      ("floor: two true samples", exact),
+      ("floor: Gaussian of equal moments", gaussian),
     ):
       for metric, value in self._plain(x).items():
         rows.append(
-            {
-                "model": name, "steps": None, "metric": metric,
-                "value": value, "n": n,
-            }
+          {
+            "model": name,
+            "steps": None,
+            "metric": metric,
+            "value": value,
+            "n": n,
+          }
         )
     return rows
 
@@ -118,15 +127,15 @@ class PlaneProblem:
     m = self.mixture
     reference = self._reference_sample(x.shape[0])
     return {
-        "sliced_wasserstein": float(evals.sliced_wasserstein(x, reference)),
-        "energy_distance": float(evals.energy_distance(x, reference)),
-        "mode_tv": float(evals.mode_frequency_tv(x, m)),
-        "modes": float(evals.modes_covered(x, m)),
-        "within_4sd": float(evals.share_within(x, m)),
+      "sliced_wasserstein": float(evals.sliced_wasserstein(x, reference)),
+      "energy_distance": float(evals.energy_distance(x, reference)),
+      "mode_tv": float(evals.mode_frequency_tv(x, m)),
+      "modes": float(evals.modes_covered(x, m)),
+      "within_4sd": float(evals.share_within(x, m)),
     }
 
   def score(
-      self, samples: np.ndarray, inputs: Mapping[str, Any]
+    self, samples: np.ndarray, inputs: Mapping[str, Any]
   ) -> dict[str, float]:
     """Metric -> value; `map_rmse` is the distance to the exact endpoint."""
     x = jnp.asarray(samples)

@@ -248,7 +248,9 @@ def _scm(student, average, x0, noise, key, place):
       x_t,
       slope,
       angle,
-      warmup=losses.tangent_warmup(place * _PARTS, warmup_steps=_PARTS // 6),
+      warmup=losses.tangent_warmup(
+          (place * _PARTS).astype(jnp.int32), warmup_steps=_PARTS // 6
+      ),
       sigma_data=1.0,
   )
   return losses.scm_loss(

@@ -28,7 +28,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "students of a row", lower_bound=2)
 _QUICK = flags.DEFINE_bool("quick", False, "a few updates of every family")
 
 POINTS = 4096
-UPDATES = 2000
+UPDATES = 2500
 GENERATOR_UPDATES = 1000
 _MIDDLE = 0.5
 # The prototypes' order on another ring, by 1-step RMSE, with its values.
@@ -165,14 +165,14 @@ def flow_map_rows(
   for name in names:
     family = families.FLOW_MAPS[name]
     run = families.flow_map_run(name, seeds=seeds, chunk=chunk)
-    arms = {"equal updates": run(updates)}
-    seconds = arms["equal updates"].cpu_seconds
+    result = run(updates)
+    arms = {"equal updates": result}
     if equal_seconds:
-      first = budget is None
-      budget = seconds if first else budget
-      arms["equal seconds"] = (
-          arms["equal updates"] if first else run(updates * budget / seconds)
-      )
+      budget = result.cpu_seconds if budget is None else budget
+      count = result.updates * budget / result.cpu_seconds
+      # The same number of updates would give the same students again.
+      same = round(count / chunk) * chunk == result.updates
+      arms["equal seconds"] = result if same else run(count)
     for arm, result in arms.items():
       single, double = (
           judge(x) for x in samples[family.free_end](result.params)

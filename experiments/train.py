@@ -13,13 +13,14 @@ import sys
 from absl import app, flags, logging
 
 _CONFIG = flags.DEFINE_string(
-    "config", None, "config file, with its argument: configs/x.py:runlocal"
+  "config", None, "config file, with its argument: configs/x.py:runlocal"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _DEBUG = flags.DEFINE_bool("debug", False, "check values: NaN, ranges, ids")
 _CACHE = flags.DEFINE_string(
-    "compile_cache", None,
-    "folder of compiled programs; default: the user's cache folder; 'off'",
+  "compile_cache",
+  None,
+  "folder of compiled programs; default: the user's cache folder; 'off'",
 )
 
 
@@ -66,8 +67,9 @@ def main(argv: list[str], overrides: list[str]) -> None:
     del frame
     name = signal.Signals(number).name
     print(
-        f"stopped by {name}; nothing is lost, the same command resumes.",
-        file=sys.stderr, flush=True,
+      f"stopped by {name}; nothing is lost, the same command resumes.",
+      file=sys.stderr,
+      flush=True,
     )
     os._exit(0 if number == signal.SIGTERM else 130)
 
@@ -83,9 +85,9 @@ def main(argv: list[str], overrides: list[str]) -> None:
     config = config_lib.load(_CONFIG.value, overrides)
     _compile_cache()
     command = " ".join(
-        ["python -m experiments.train", f"--config={_CONFIG.value}"]
-        + [f"--config.{o}" for o in overrides]
-        + [f"--workdir={_WORKDIR.value}"]
+      ["python -m experiments.train", f"--config={_CONFIG.value}"]
+      + [f"--config.{o}" for o in overrides]
+      + [f"--workdir={_WORKDIR.value}"]
     )
     with contextlib.ExitStack() as stack:
       if _DEBUG.value:

@@ -161,12 +161,13 @@ def test_golden(path):
   assert not both, f"keys read as inputs and claimed as outputs: {both}"
   unlisted = [k for k in ours if lookup(reader.CALLS, k) is None]
   assert not unlisted, f"outputs without a call in CALLS: {unlisted}"
+  every = golden.keys()
   left = [
-      k
-      for k in golden.keys()
-      if k not in ours
-      and k not in golden.read
-      and lookup(reader.NOT_REPRODUCED, k) is None
+    k
+    for k in every
+    if k not in ours
+    and k not in golden.read
+    and lookup(reader.NOT_REPRODUCED, k) is None
   ]
   assert not left, f"neither reproduced nor listed as not reproduced: {left}"
   wrong = compare(golden, reader, ours)
@@ -174,9 +175,9 @@ def test_golden(path):
 
   single = Golden(path, np.float32)
   values = {
-      k: v
-      for k, v in reader.reproduce(single).items()
-      if "loss" in k and "grad" not in k
+    k: v
+    for k, v in reader.reproduce(single).items()
+    if "loss" in k and "grad" not in k
   }
   wrong = compare(single, reader, values, FLOAT32_FACTOR)
   assert not wrong, "\n".join(["float32:", *wrong])

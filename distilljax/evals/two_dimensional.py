@@ -145,7 +145,15 @@ def mode_frequencies(
     x: Float[Array, "n d"],
     mixture: gaussian_mixture_lib.GaussianMixture,
 ) -> Float[Array, "k"]:
-  """The share of points assigned to each mode. Shape [k], sums to 1."""
+  """The share of points assigned to each mode. Shape [k], sums to 1.
+
+  Args:
+    x: a sample. Shape [n, d].
+    mixture: the truth.
+
+  Returns:
+    Shares that sum to 1. Shape [k].
+  """
   modes = mixture.assign(x)
   k = mixture.means.shape[0]
   hits = modes[:, None] == jnp.arange(k, dtype=modes.dtype)[None, :]
@@ -174,7 +182,16 @@ def modes_covered(
     *,
     share: Number = 0.1,
 ) -> Scalar:
-  """How many modes hold at least `share` of the points they should."""
+  """How many modes hold at least `share` of the points they should.
+
+  Args:
+    x: a sample. Shape [n, d].
+    mixture: the truth.
+    share: part of its own weight that a mode must hold to count.
+
+  Returns:
+    A number from 0 to k.
+  """
   frequencies = mode_frequencies(x, mixture)
   return jnp.sum((frequencies >= share * mixture.weights).astype(jnp.int32))
 
@@ -273,7 +290,18 @@ def sliced_wasserstein_floor(
     stratified: bool = True,
     repeats: int = 8,
 ) -> Floor:
-  """`sliced_wasserstein` of a true sample to a reference; as the above."""
+  """`sliced_wasserstein` of a true sample to a reference; as the above.
+
+  Args:
+    mixture: the truth.
+    key: one key.
+    n: points of each sample.
+    stratified: whether the reference has equal counts of every mode.
+    repeats: how many samples, >= 2.
+
+  Returns:
+    `Floor(mean, std)`, the deviation that of one pair.
+  """
   return _floor(sliced_wasserstein, mixture, key, n, stratified, repeats)
 
 
@@ -284,7 +312,17 @@ def mode_frequency_tv_floor(
     n: int = 4096,
     repeats: int = 8,
 ) -> Floor:
-  """`mode_frequency_tv` of true samples of n points."""
+  """`mode_frequency_tv` of true samples of n points.
+
+  Args:
+    mixture: the truth.
+    key: one key.
+    n: points of each sample.
+    repeats: how many samples, >= 2.
+
+  Returns:
+    `Floor(mean, std)`, the deviation that of one sample.
+  """
   return _floor(
       lambda x, _: mode_frequency_tv(x, mixture), mixture, key, n, False,
       repeats,
@@ -299,7 +337,18 @@ def share_within_floor(
     radius: Number = 4.0,
     repeats: int = 8,
 ) -> Floor:
-  """`share_within` of true samples of n points."""
+  """`share_within` of true samples of n points.
+
+  Args:
+    mixture: the truth.
+    key: one key.
+    n: points of each sample.
+    radius: in standard deviations of a mode.
+    repeats: how many samples, >= 2.
+
+  Returns:
+    `Floor(mean, std)`, the deviation that of one sample.
+  """
   return _floor(
       lambda x, _: share_within(x, mixture, radius=radius), mixture, key, n,
       False, repeats,

@@ -168,6 +168,9 @@ def evidence_mix(
 
   Raises:
     ValueError: an option out of range.
+
+  References:
+    CEPO, 2026, arXiv:2605.19436.
   """
   fn = "evidence_mix"
   _checks.in_range(fn, "mix", mix, 0, 1)

@@ -135,6 +135,10 @@ def chunk_token_counts(
 
   Raises:
     ValueError: wrong shapes; in debug mode chunk ids outside [-1, c).
+
+  References:
+    Minixhofer et al., Universal Cross-Tokenizer Distillation via Approximate
+    Likelihood Matching, 2025, arXiv:2503.20083.
   """
   rows, columns = _segments("chunk_token_counts", chunk_ids, num_chunks, where)
   counts = jnp.zeros((columns.shape[0], num_chunks), jnp.int32)

@@ -583,7 +583,18 @@ def density_ratio(
 
 
 def ratio_histogram(bins: int = 10) -> Float[Array, "bins"]:
-  """First state for `normalize_ratio`: a mean ratio of 1 in every bin."""
+  """First state for `normalize_ratio`: a mean ratio of 1 in every bin.
+
+  Args:
+    bins: number of bins, those of the official code by default.
+
+  Returns:
+    The mean ratio of every bin, ones. Shape [bins], float32.
+
+  References:
+    One-step Diffusion Models with f-Divergence Distribution Matching, 2025,
+    arXiv:2502.15681.
+  """
   _checks.in_range("ratio_histogram", "bins", bins, 1)
   return jnp.ones(bins, jnp.float32)
 
@@ -911,6 +922,9 @@ def subinterval_forward(
   Raises:
     ValueError: shapes that differ, an empty batch, not four coefficients.
     TypeError: arrays that are not floating.
+
+  References:
+    Phased DMD, 2025, arXiv:2510.27684; formula from a secondary summary.
   """
   fn = "subinterval_forward"
   x_s, noise = _arrays(fn, x_s=x_s, noise=noise)
@@ -1193,6 +1207,9 @@ def rank_pair(
   Raises:
     ValueError: shapes that do not fit, an empty batch.
     TypeError: arrays that are not floating.
+
+  References:
+    Distillation-DPO, 2025, arXiv:2504.11447.
   """
   fn = "rank_pair"
   a, b = _arrays(fn, a=a, b=b)

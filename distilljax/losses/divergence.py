@@ -600,6 +600,9 @@ def temper_log_probs(
     >>> bool(jnp.allclose(temper_log_probs(log_p, norm, temperature=2.0),
     ...                   jax.nn.log_softmax(jnp.arange(4.0) / 2.0), atol=1e-6))
     True
+
+  References:
+    None: an identity; the cache that stores the normaliser is ours.
   """
   fn = "temper_log_probs"
   _checks.floating(fn, log_probs=log_probs)

@@ -797,6 +797,10 @@ def cap_reward_scale(
 
   Raises:
     ValueError: as in `extrapolation_threshold_kary`, or eps outside [0, 1].
+
+  References:
+    Extrapolation cliff, 2026, arXiv:2605.08737 (the threshold); the scale of
+    each position is ours.
   """
   fn = "cap_reward_scale"
   _log_space.check_number(fn, "eps", eps, 0, 1)

@@ -70,7 +70,8 @@ def masked_mean(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> float(masked_mean(jnp.array([1., 2., 9.]), jnp.array([True, True, False])))
+    >>> where = jnp.array([True, True, False])
+    >>> float(masked_mean(jnp.array([1.0, 2.0, 9.0]), where))
     1.5
   """
   total, count = masked_sum_and_count(values, where, axis_name=axis_name)

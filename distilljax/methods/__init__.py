@@ -10,7 +10,7 @@ from distilljax import _checks
 def names() -> list[str]:
   """Slugs of all methods: the files of this folder."""
   return sorted(
-      m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"
+    m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"
   )
 
 
@@ -19,6 +19,9 @@ def get(slug: str) -> ModuleType:
 
   Args:
     slug: the method's name, as in `names()`.
+
+  Returns:
+    The module.
 
   Raises:
     ValueError: no such method (the nearest name is given).

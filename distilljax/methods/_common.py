@@ -11,25 +11,25 @@ from distilljax.typing import Array, Params
 
 
 def hyper_parameters(
-    slug: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
+  slug: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
   """DEFAULTS with the given values; one line for a name it does not have."""
   for name in given:
     if name not in defaults:
       raise ValueError(
-          f"{slug}: unknown hyper-parameter {name!r}"
-          f"{_checks.nearest(name, defaults)}"
+        f"{slug}: unknown hyper-parameter {name!r}"
+        f"{_checks.nearest(name, defaults)}"
       )
   return {**defaults, **given}
 
 
 def networks_for(
-    slug: str, apply_fns: Mapping[str, Callable[..., Any]], needed: list[str]
+  slug: str, apply_fns: Mapping[str, Callable[..., Any]], needed: list[str]
 ) -> list[Callable[..., Any]]:
   """The apply functions of the needed networks, in order."""
   if missing := [n for n in needed if n not in apply_fns]:
     raise ValueError(
-        f"{slug}: apply_fns must have {needed}, got none for {missing}"
+      f"{slug}: apply_fns must have {needed}, got none for {missing}"
     )
   return [apply_fns[n] for n in needed]
 
@@ -40,10 +40,10 @@ def conditioning(batch: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def guided(
-    apply_fn: Callable[..., Array],
-    params: Params,
-    weight: float,
-    null_label: int | None,
+  apply_fn: Callable[..., Array],
+  params: Params,
+  weight: float,
+  null_label: int | None,
 ) -> Callable[..., Array]:
   """`fn(x, t, **conditioning)` with classifier-free guidance of `weight`.
 

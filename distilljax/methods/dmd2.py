@@ -2,13 +2,13 @@
 
 Yin et al., Improved Distribution Matching Distillation for Fast Image
 Synthesis, 2024, arXiv:2405.14867. A critic (fake score) learns to denoise the
-student's samples; the student descends (critic's x0 - teacher's x0) at re-noised
+student's samples; the student descends (critic's x0 - teacher's x0) at noised
 samples, normalised per row, plus the GAN loss of a head on the critic's
 features. Two time scales: the critic is updated at every step, the student at
 every `ratio`-th (the paper's meaning; the student's and the critic's loss of a
 step share one sample, made before the student's update). Few-step students see
-inputs that their own sampling produces (backward simulation), with one exit step
-for the whole batch. Discrete times of the official code (0..999) are t in [0, 1].
+inputs that their own sampling produces (backward simulation), with one exit
+step for the whole batch. The official code's times 0..999 are t in [0, 1].
 
 Departures from the official code: eps in the normaliser instead of nan_to_num;
 the GAN may share noise and forward with the score (`gan_shares_noise`, as in a
@@ -31,30 +31,30 @@ from distilljax import _checks, losses, processes, train
 from distilljax.methods import _common
 
 DEFAULTS = {
-    "path": processes.RectifiedFlow(),
-    "prediction": "velocity",  # what teacher, student and critic predict
-    "times": (1.0,),  # the student's times; SDXL: 999, 749, 499, 249 of 1000
-    "ratio": 5,  # critic updates per student update; scripts (10 for SD1.5)
-    "t_min": 0.02,  # of the student's score times; args
-    "t_max": 0.98,
-    "time_distribution": "uniform",  # or "log_sigma": uniform in log(sigma)
-    "critic_t_min": 0.001,  # the critic learns over the whole range; args
-    "critic_t_max": 1.0,
-    "guidance": 1.0,  # of the teacher; 1 ImageNet, 1.75 SD1.5, 8 SDXL; scripts
-    "null_label": None,
-    "gan_weight": 3e-3,  # lambda_G, ImageNet; 0 switches the GAN off; scripts
-    "gan_critic_weight": 1e-2,  # lambda_D; scripts
-    "gan_features": "critic",  # or "teacher", "outside"
-    "gan_kind": "softplus",
-    "gan_shares_noise": False,  # one noise and forward for score and GAN
-    "gan_t_max": 1.0,  # T_gan; args
-    "eps": 1e-6,  # of the normaliser; FastGen
-    "ema_decay": 0.999,  # ours; the official code has none
+  "path": processes.RectifiedFlow(),  # ours; the official code: EDM, SD
+  "prediction": "velocity",  # what teacher, student and critic predict
+  "times": (1.0,),  # the student's times; SDXL: 999, 749, 499, 249 of 1000
+  "ratio": 5,  # critic updates per student update; scripts (10 for SD1.5)
+  "t_min": 0.02,  # of the student's score times; args
+  "t_max": 0.98,  # args
+  "time_distribution": "uniform",  # or "log_sigma": uniform in log(sigma)
+  "critic_t_min": 0.001,  # the critic learns over the whole range; args
+  "critic_t_max": 1.0,  # args
+  "guidance": 1.0,  # of the teacher; 1 ImageNet, 1.75 SD1.5, 8 SDXL; scripts
+  "null_label": None,  # index of the null class, for guidance
+  "gan_weight": 3e-3,  # lambda_G, ImageNet; 0 switches the GAN off; scripts
+  "gan_critic_weight": 1e-2,  # lambda_D; scripts
+  "gan_features": "critic",  # or "teacher", "outside"
+  "gan_kind": "softplus",  # the paper's; or "hinge"
+  "gan_shares_noise": False,  # one noise and forward for score and GAN
+  "gan_t_max": 1.0,  # T_gan; args
+  "eps": 1e-6,  # of the normaliser; FastGen
+  "ema_decay": 0.999,  # ours; the official code has none
 }
 
 
 def make(
-    apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
+  apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
 ) -> train.Method:
   """DMD2 as a `Method`.
 
@@ -74,7 +74,7 @@ def make(
   h = _common.hyper_parameters(slug, DEFAULTS, hyper)
   gan = h["gan_weight"] > 0 or h["gan_critic_weight"] > 0
   _checks.one_of(
-      slug, "gan_features", h["gan_features"], ("critic", "teacher", "outside")
+    slug, "gan_features", h["gan_features"], ("critic", "teacher", "outside")
   )
   _checks.in_range(slug, "ratio", h["ratio"], 1)
   _common.check_guidance(slug, h["guidance"], h["null_label"])
@@ -85,7 +85,7 @@ def make(
     needed += ["discriminator"] + ([source] if source != "teacher" else [])
     if h["gan_shares_noise"]:
       _checks.fail(
-          slug, "gan_shares_noise", "False unless the GAN reads the critic", True
+        slug, "gan_shares_noise", "False unless the GAN reads the critic", True
       )
   student, _, critic = _common.networks_for(slug, apply_fns, needed)[:3]
   path, kind = h["path"], h["prediction"]
@@ -108,8 +108,10 @@ def make(
     return draw
 
   _checks.one_of(
-      slug, "time_distribution", h["time_distribution"],
-      ("uniform", "log_sigma"),
+    slug,
+    "time_distribution",
+    h["time_distribution"],
+    ("uniform", "log_sigma"),
   )
 
   def generate(params, batch, context):
@@ -117,21 +119,24 @@ def make(
     keys, shape = batch["key"], batch["x"].shape[1:]
     cond = _common.conditioning(batch)
     x = _common.start_noise(
-        train.draw(jax.random.normal, keys, "latent", shape), path
+      train.draw(jax.random.normal, keys, "latent", shape), path
     )
     n = len(h["times"])
     if n == 1:
       t = jnp.broadcast_to(student_times[0], x.shape[:1])
     else:
-      noises = train.draw(
-          jax.random.normal, keys, "renoise", (n - 1, *shape)
-      )
+      noises = train.draw(jax.random.normal, keys, "renoise", (n - 1, *shape))
       exit_step = jax.random.randint(
-          train.named_key(context.key, "exit"), (), 0, n
+        train.named_key(context.key, "exit"), (), 0, n
       )
       x, t = processes.predict_and_renoise(
-          x0_fn(params["student"], cond), x, student_times,
-          jnp.moveaxis(noises, 1, 0), exit_step, path=path, unroll=True,
+        x0_fn(params["student"], cond),
+        x,
+        student_times,
+        jnp.moveaxis(noises, 1, 0),
+        exit_step,
+        path=path,
+        unroll=True,
       )
     return x0_fn(params["student"], cond)(x, t)
 
@@ -146,7 +151,7 @@ def make(
     if not outside:
       return critic(params["critic"], x_t, t, logits=True, **cond)[1]
     _, features = apply_fns[source](
-        params[source], x_t, t, features=True, **cond
+      params[source], x_t, t, features=True, **cond
     )
     return apply_fns["discriminator"](params["discriminator"], features)
 
@@ -154,7 +159,7 @@ def make(
     cond = _common.conditioning(batch)
     x = generate(params, batch, context)
     teacher = _common.guided(
-        apply_fns["teacher"], params["teacher"], h["guidance"], h["null_label"]
+      apply_fns["teacher"], params["teacher"], h["guidance"], h["null_label"]
     )
     x_t, _, t = noised(x, batch, "score", h["t_min"], h["t_max"])
     shared = gan and h["gan_shares_noise"]
@@ -164,7 +169,7 @@ def make(
       fake = critic(params["critic"], x_t, t, **cond)
     real_x0 = x0_from(teacher(x_t, t, **cond), x_t, t)
     direction = losses.dmd_direction(
-        x, real_x0, x0_from(fake, x_t, t), eps=h["eps"]
+      x, real_x0, x0_from(fake, x_t, t), eps=h["eps"]
     )
     terms = {"dmd": train.mean(losses.surrogate_loss(x, direction))}
     if gan:
@@ -172,15 +177,15 @@ def make(
         x_t, _, t = noised(x, batch, "gan", 0.0, h["gan_t_max"])
         logits = judge(params, x_t, t, cond)
       terms["gan"] = train.weighted(
-          h["gan_weight"],
-          train.mean(losses.gan_generator_loss(logits, kind=h["gan_kind"])),
+        h["gan_weight"],
+        train.mean(losses.gan_generator_loss(logits, kind=h["gan_kind"])),
       )
     spread = jnp.std(x.reshape(x.shape[0], -1), axis=1)
     return terms, {
-        "sample_std": train.mean(spread),
-        "direction": train.mean(
-            jnp.mean(jnp.abs(direction.reshape(x.shape[0], -1)), axis=1)
-        ),
+      "sample_std": train.mean(spread),
+      "direction": train.mean(
+        jnp.mean(jnp.abs(direction.reshape(x.shape[0], -1)), axis=1)
+      ),
     }
 
   def discriminator_terms(params, batch, x, cond, fake_logits=None):
@@ -190,34 +195,32 @@ def make(
     real_t, _, t = noised(batch["x"], batch, "real", 0.0, h["gan_t_max"])
     real_logits = judge(params, real_t, t, cond)
     values = losses.gan_discriminator_loss(
-        real_logits, fake_logits, kind=h["gan_kind"]
+      real_logits, fake_logits, kind=h["gan_kind"]
     )
     term = train.weighted(h["gan_critic_weight"], train.mean(values))
     return term, {
-        "real_logit": train.mean(real_logits),
-        "fake_logit": train.mean(fake_logits),
+      "real_logit": train.mean(real_logits),
+      "fake_logit": train.mean(fake_logits),
     }
 
   def critic_loss(params, batch, context):
     cond = _common.conditioning(batch)
     x = jax.lax.stop_gradient(generate(params, batch, context))
     x_t, noise, t = noised(
-        x, batch, "critic", h["critic_t_min"], h["critic_t_max"]
+      x, batch, "critic", h["critic_t_min"], h["critic_t_max"]
     )
     logits = None
     if gan and not outside and h["gan_shares_noise"]:
-      prediction, logits = critic(
-          params["critic"], x_t, t, logits=True, **cond
-      )
+      prediction, logits = critic(params["critic"], x_t, t, logits=True, **cond)
     else:
       prediction = critic(params["critic"], x_t, t, **cond)
     values = losses.denoising_loss(
-        prediction, x, noise, path.coefficients(t), kind=kind
+      prediction, x, noise, path.coefficients(t), kind=kind
     )
     terms, metrics = {"denoising": train.mean(values)}, {}
     if gan and not outside:
       terms["gan"], metrics = discriminator_terms(
-          params, batch, x, cond, logits
+        params, batch, x, cond, logits
       )
     return terms, metrics
 
@@ -231,27 +234,27 @@ def make(
     cond = _common.conditioning(inputs)
     noise = inputs["noise"]
     grid = (
-        student_times
-        if steps == len(h["times"])
-        else processes.time_grid(steps)[:-1]
+      student_times
+      if steps == len(h["times"])
+      else processes.time_grid(steps)[:-1]
     )
     noises = jax.random.normal(
-        train.named_key(key, "renoise"), (steps - 1, *noise.shape)
+      train.named_key(key, "renoise"), (steps - 1, *noise.shape)
     )
     return processes.multistep_consistency(
-        _common.jitted(x0_fn(params["ema"], cond)),
-        _common.start_noise(noise, path),
-        grid,
-        noises,
-        path=path,
-        unroll=True,
+      _common.jitted(x0_fn(params["ema"], cond)),
+      _common.start_noise(noise, path),
+      grid,
+      noises,
+      path=path,
+      unroll=True,
     )
 
   networks: dict[str, train.Role] = {
-      "student": train.Trained(),
-      "critic": train.Trained(),
-      "teacher": train.Frozen(),
-      "ema": train.Ema(of="student", decay=h["ema_decay"]),
+    "student": train.Trained(),
+    "critic": train.Trained(),
+    "teacher": train.Frozen(),
+    "ema": train.Ema(of="student", decay=h["ema_decay"]),
   }
   losses_by_name = {"student": student_loss, "critic": critic_loss}
   always = ("critic",)
@@ -261,12 +264,12 @@ def make(
     losses_by_name["discriminator"] = discriminator_loss
     always = ("critic", "discriminator")
   return train.Method(
-      name=slug,
-      paper="arXiv:2405.14867",
-      networks=networks,
-      losses=losses_by_name,
-      schedule=train.Schedule(
-          cycle=(("student", *always),) + (always,) * (h["ratio"] - 1)
-      ),
-      sample=sample,
+    name=slug,
+    paper="arXiv:2405.14867",
+    networks=networks,
+    losses=losses_by_name,
+    schedule=train.Schedule(
+      cycle=(("student", *always),) + (always,) * (h["ratio"] - 1)
+    ),
+    sample=sample,
   )

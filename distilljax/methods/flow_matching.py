@@ -20,19 +20,19 @@ from distilljax import losses, processes, train
 from distilljax.methods import _common
 
 DEFAULTS = {
-    "path": processes.RectifiedFlow(),
-    "time_distribution": "logit_normal",  # or "uniform"; arXiv:2403.03206
-    "time_mean": 0.0,  # of the logit; arXiv:2403.03206, table 1
-    "time_std": 1.0,
-    "label_drop": 0.1,  # share of rows that see the null label
-    "null_label": None,  # index of the null class; None never drops
-    "guidance": 1.0,  # of `sample`: uncond + w (cond - uncond)
-    "ema_decay": 0.999,  # or a function of the step
+  "path": processes.RectifiedFlow(),  # arXiv:2209.03003
+  "time_distribution": "logit_normal",  # or "uniform"; arXiv:2403.03206
+  "time_mean": 0.0,  # of the logit; arXiv:2403.03206, table 1
+  "time_std": 1.0,  # of the logit; arXiv:2403.03206, table 1
+  "label_drop": 0.1,  # share of rows that see the null label
+  "null_label": None,  # index of the null class; None never drops
+  "guidance": 1.0,  # of `sample`: uncond + w (cond - uncond)
+  "ema_decay": 0.999,  # or a function of the step
 }
 
 
 def make(
-    apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
+  apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
 ) -> train.Method:
   """Flow matching as a `Method`.
 
@@ -65,39 +65,39 @@ def make(
       drop = train.draw(jax.random.uniform, keys, "drop") < h["label_drop"]
       cond["label"] = jnp.where(drop, h["null_label"], cond["label"])
     prediction = apply(
-        params["student"], path.add_noise(x, noise, t), t, **cond
+      params["student"], path.add_noise(x, noise, t), t, **cond
     )
     values = losses.denoising_loss(
-        prediction,
-        x,
-        noise,
-        path.coefficients(t),
-        kind="velocity",
+      prediction,
+      x,
+      noise,
+      path.coefficients(t),
+      kind="velocity",
     )
     return {"velocity": train.mean(values)}, {}
 
   def sample(params, inputs, key, *, steps):
     del key
     network = _common.guided(
-        apply, params["ema"], h["guidance"], h["null_label"]
+      apply, params["ema"], h["guidance"], h["null_label"]
     )
     cond = _common.conditioning(inputs)
     velocity = _common.jitted(lambda x, t: network(x, t, **cond))
     return processes.euler(
-        velocity,
-        _common.start_noise(inputs["noise"], path),
-        processes.time_grid(steps),
-        unroll=True,
+      velocity,
+      _common.start_noise(inputs["noise"], path),
+      processes.time_grid(steps),
+      unroll=True,
     )
 
   return train.Method(
-      name="flow_matching",
-      paper="arXiv:2210.02747",
-      networks={
-          "student": train.Trained(),
-          "ema": train.Ema(of="student", decay=h["ema_decay"]),
-      },
-      losses={"student": loss},
-      schedule=train.Schedule(cycle=(("student",),)),
-      sample=sample,
+    name="flow_matching",
+    paper="arXiv:2210.02747",
+    networks={
+      "student": train.Trained(),
+      "ema": train.Ema(of="student", decay=h["ema_decay"]),
+    },
+    losses={"student": loss},
+    schedule=train.Schedule(cycle=(("student",),)),
+    sample=sample,
   )

@@ -27,26 +27,26 @@ from distilljax import _checks, losses, processes, train
 from distilljax.methods import _common
 
 DEFAULTS = {
-    "source": "data",  # the paper's; "teacher" distils
-    "identity": "eulerian",  # the paper's; or "lagrangian" (needs a teacher)
-    "path": processes.RectifiedFlow(),
-    "time_distribution": "logit_normal",  # official default.py
-    "time_mean": -0.4,  # official default.py (P_mean)
-    "time_std": 1.0,  # official default.py (P_std)
-    "equal": 0.75,  # share of rows with r = t; official (data_proportion)
-    "t_one": 0.0,  # probability of t := 1; ours
-    "r_zero": 0.0,  # probability of r := 0; ours
-    "norm_p": 1.0,  # official default.py
-    "norm_eps": 0.01,  # official default.py
-    "elements": "sum",  # norm_eps belongs beside the official sum
-    "guidance": 1.0,  # of the teacher
-    "null_label": None,
-    "ema_decay": 0.9999,  # official yml
+  "source": "data",  # the paper's; "teacher" distils
+  "identity": "eulerian",  # the paper's; or "lagrangian" (needs a teacher)
+  "path": processes.RectifiedFlow(),  # the paper's
+  "time_distribution": "logit_normal",  # official default.py
+  "time_mean": -0.4,  # official default.py (P_mean)
+  "time_std": 1.0,  # official default.py (P_std)
+  "equal": 0.75,  # share of rows with r = t; official (data_proportion)
+  "t_one": 0.0,  # probability of t := 1; ours
+  "r_zero": 0.0,  # probability of r := 0; ours
+  "norm_p": 1.0,  # official default.py
+  "norm_eps": 0.01,  # official default.py
+  "elements": "sum",  # norm_eps belongs beside the official sum
+  "guidance": 1.0,  # of the teacher
+  "null_label": None,  # index of the null class, for guidance
+  "ema_decay": 0.9999,  # official yml
 }
 
 
 def make(
-    apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
+  apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
 ) -> train.Method:
   """MeanFlow as a `Method`.
 
@@ -65,8 +65,10 @@ def make(
   distilled = h["source"] == "teacher"
   if not distilled and (h["identity"] == "lagrangian" or h["guidance"] != 1.0):
     _checks.fail(
-        slug, "source", "'teacher' for the Lagrangian identity or guidance",
-        "'data'",
+      slug,
+      "source",
+      "'teacher' for the Lagrangian identity or guidance",
+      "'data'",
     )
   _common.check_guidance(slug, h["guidance"], h["null_label"])
   needed = ["student", "teacher"] if distilled else ["student"]
@@ -75,14 +77,14 @@ def make(
 
   def times(key, shape):
     return processes.sample_mean_flow_times(
-        key,
-        shape,
-        distribution=h["time_distribution"],
-        mean=h["time_mean"],
-        std=h["time_std"],
-        equal=h["equal"],
-        t_one=h["t_one"],
-        r_zero=h["r_zero"],
+      key,
+      shape,
+      distribution=h["time_distribution"],
+      mean=h["time_mean"],
+      std=h["time_std"],
+      equal=h["equal"],
+      t_one=h["t_one"],
+      r_zero=h["r_zero"],
     )
 
   def loss(params, batch, context):
@@ -98,8 +100,10 @@ def make(
 
     if distilled:
       network = _common.guided(
-          apply_fns["teacher"], params["teacher"], h["guidance"],
-          h["null_label"],
+        apply_fns["teacher"],
+        params["teacher"],
+        h["guidance"],
+        h["null_label"],
       )
       teacher = lambda x, t: network(x, t, **cond)
     norm = {"norm_p": h["norm_p"], "norm_eps": h["norm_eps"]}
@@ -112,7 +116,7 @@ def make(
     else:
       v = teacher(x_t, t) if distilled else path.velocity(x, noise, t)
       values, error = losses.mean_flow_terms(
-          student, x_t, v, t, r, elements=h["elements"], **norm
+        student, x_t, v, t, r, elements=h["elements"], **norm
       )
     return {h["identity"]: train.mean(values)}, {"error": train.mean(error)}
 
@@ -120,26 +124,26 @@ def make(
     del key
     cond = _common.conditioning(inputs)
     jump = _common.jitted(
-        lambda x, t, r: apply(params["ema"], x, t, r=r, **cond)
+      lambda x, t, r: apply(params["ema"], x, t, r=r, **cond)
     )
     return processes.flow_map(
-        jump,
-        _common.start_noise(inputs["noise"], path),
-        processes.time_grid(steps),
-        unroll=True,
+      jump,
+      _common.start_noise(inputs["noise"], path),
+      processes.time_grid(steps),
+      unroll=True,
     )
 
   networks = {
-      "student": train.Trained(),
-      "ema": train.Ema(of="student", decay=h["ema_decay"]),
+    "student": train.Trained(),
+    "ema": train.Ema(of="student", decay=h["ema_decay"]),
   }
   if distilled:
     networks["teacher"] = train.Frozen()
   return train.Method(
-      name=slug,
-      paper="arXiv:2505.13447",
-      networks=networks,
-      losses={"student": loss},
-      schedule=train.Schedule(cycle=(("student",),)),
-      sample=sample,
+    name=slug,
+    paper="arXiv:2505.13447",
+    networks=networks,
+    losses={"student": loss},
+    schedule=train.Schedule(cycle=(("student",),)),
+    sample=sample,
   )

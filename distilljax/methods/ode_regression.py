@@ -19,14 +19,14 @@ from distilljax import losses, processes, train
 from distilljax.methods import _common
 
 DEFAULTS = {
-    "path": processes.RectifiedFlow(),
-    "prediction": "velocity",  # what the student predicts
-    "ema_decay": 0.999,
+  "path": processes.RectifiedFlow(),  # ours; the official code: EDM, SD
+  "prediction": "velocity",  # what the student predicts
+  "ema_decay": 0.999,  # ours; the official code has none
 }
 
 
 def make(
-    apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
+  apply_fns: Mapping[str, Callable[..., Any]], **hyper: Any
 ) -> train.Method:
   """Regression on ODE pairs as a `Method`.
 
@@ -58,17 +58,17 @@ def make(
   def sample(params, inputs, key, *, steps):
     del key, steps
     return one_step(
-        params["ema"], inputs["noise"], _common.conditioning(inputs)
+      params["ema"], inputs["noise"], _common.conditioning(inputs)
     )
 
   return train.Method(
-      name=slug,
-      paper="arXiv:2311.18828",
-      networks={
-          "student": train.Trained(),
-          "ema": train.Ema(of="student", decay=h["ema_decay"]),
-      },
-      losses={"student": loss},
-      schedule=train.Schedule(cycle=(("student",),)),
-      sample=sample,
+    name=slug,
+    paper="arXiv:2311.18828",
+    networks={
+      "student": train.Trained(),
+      "ema": train.Ema(of="student", decay=h["ema_decay"]),
+    },
+    losses={"student": loss},
+    schedule=train.Schedule(cycle=(("student",),)),
+    sample=sample,
   )

@@ -166,7 +166,14 @@ def _plain(tree: Any) -> Any:
 
 
 def count_params(params: Params) -> int:
-  """Number of scalars in a tree of arrays (or of `jax.ShapeDtypeStruct`s)."""
+  """Number of scalars in a tree of arrays (or of `jax.ShapeDtypeStruct`s).
+
+  Args:
+    params: nested dict of arrays or shapes.
+
+  Returns:
+    The number of scalars, an int.
+  """
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -548,6 +548,9 @@ def make_gaussian_mixture(
     classes: integer class of each component; None: each is its own. Shape [k].
     rotations: orthogonal axes, or None. Shape [k, d, d].
 
+  Returns:
+    A `GaussianMixture` with normalised weights.
+
   Raises:
     ValueError: shapes that do not fit, negative scales or weights.
 
@@ -596,7 +599,16 @@ def make_gaussian_mixture(
 def ring(
     k: int = 8, *, radius: Number = 1.4, std: Number = 0.1
 ) -> GaussianMixture:
-  """k equal modes on a circle in the plane, the first at angle 0."""
+  """k equal modes on a circle in the plane, the first at angle 0.
+
+  Args:
+    k: number of modes.
+    radius: of the circle.
+    std: standard deviation of a mode, >= 0.
+
+  Returns:
+    A mixture of k components in the plane, each its own class.
+  """
   _checks.in_range("ring", "k", k, 1)
   angles = 2 * np.pi * np.arange(k) / k
   means = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -612,6 +624,13 @@ def unit_ring(k: int = 8, *, std: Number = 0.1) -> GaussianMixture:
   """A ring with variance exactly 1 in each coordinate (k >= 3).
 
   radius^2 / 2 + std^2 = 1.
+
+  Args:
+    k: number of modes, >= 3.
+    std: standard deviation of a mode, below 1.
+
+  Returns:
+    A mixture of k components in the plane, each its own class.
   """
   _checks.in_range("unit_ring", "k", k, 3)
   _checks.in_range("unit_ring", "std", std, 0, 1, open_high=True)
@@ -619,7 +638,15 @@ def unit_ring(k: int = 8, *, std: Number = 0.1) -> GaussianMixture:
 
 
 def grid25(*, spacing: Number = 1.0, std: Number = 0.1) -> GaussianMixture:
-  """25 equal modes on a square grid around the origin; class = column."""
+  """25 equal modes on a square grid around the origin; class = column.
+
+  Args:
+    spacing: distance between neighbours.
+    std: standard deviation of a mode, >= 0.
+
+  Returns:
+    A mixture of 25 components in the plane.
+  """
   line = spacing * np.arange(-2, 3)
   means = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1)
   return make_gaussian_mixture(
@@ -640,7 +667,15 @@ def two_class() -> GaussianMixture:
 
 
 def two_points(low: Number = -1.0, high: Number = 2.0) -> GaussianMixture:
-  """Two equal point masses on a line (no density at sigma = 0)."""
+  """Two equal point masses on a line (no density at sigma = 0).
+
+  Args:
+    low: where the first lies.
+    high: where the second lies.
+
+  Returns:
+    A mixture of two components on the line, of deviation 0.
+  """
   return make_gaussian_mixture([[low], [high]], 0.0)
 
 
@@ -651,6 +686,9 @@ def gaussian(mean, std, *, rotations=None) -> GaussianMixture:
     mean: Shape [d].
     std: one number or [d].
     rotations: axes, or None. Shape [d, d].
+
+  Returns:
+    A mixture of one component.
   """
   mean = np.asarray(mean, np.float64)
   _checks.rank("gaussian", "mean", mean, 1, "[d]")

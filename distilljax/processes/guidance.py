@@ -61,7 +61,16 @@ def guided(
     cond_fn: PredictionFn,
     guidance: Float[Array, "..."] | Number,
 ) -> PredictionFn:
-  """`guide` for closures: (x, t) -> the guided prediction, two calls."""
+  """`guide` for closures: (x, t) -> the guided prediction, two calls.
+
+  Args:
+    uncond_fn: (x, t) -> prediction without the condition.
+    cond_fn: (x, t) -> prediction with it.
+    guidance: w of uncond + w (cond - uncond); 1 is cond. Shape [] or [b].
+
+  Returns:
+    A closure (x, t) -> guided prediction.
+  """
 
   def fn(x, t):
     return guide(uncond_fn(x, t), cond_fn(x, t), guidance)

@@ -70,7 +70,15 @@ def time_grid(
 
 
 def ordered_pair(t: Float[Array, "*b"], r: Float[Array, "*b"]):
-  """(t, r) = (max, min) of two draws, elementwise."""
+  """(t, r) = (max, min) of two draws, elementwise.
+
+  Args:
+    t: one draw. Shape [*b].
+    r: another. Shape [*b].
+
+  Returns:
+    The larger and the smaller, each of shape [*b].
+  """
   return jnp.maximum(t, r), jnp.minimum(t, r)
 
 
@@ -78,6 +86,13 @@ def first_rows(b: int, share: Number) -> Bool[Array, "b"]:
   """True for the first floor(b * share) of b rows: the official codes' split.
 
   Of the GLOBAL batch: rows must have been shuffled.
+
+  Args:
+    b: number of rows of the global batch.
+    share: share of rows that are True, in [0, 1].
+
+  Returns:
+    A mask over the rows. Shape [b], bool.
   """
   _checks.in_range("first_rows", "share", share, 0, 1)
   return jnp.arange(b) < int(b * share)
@@ -200,6 +215,16 @@ def sample_logit_normal_times(
   On the straight path sigma / alpha is then log-normal. As
   `sample_uniform_times`.
 
+  Args:
+    key: one key, or keys [b].
+    shape: shape of the draw for each key.
+    mean: of the logit.
+    std: of the logit, >= 0.
+    shift: > 0, see `shift_time`.
+
+  Returns:
+    Times of the keys' shape followed by `shape`.
+
   References:
     Esser et al., Scaling Rectified Flow Transformers, 2024, arXiv:2403.03206,
     eq. 19.
@@ -221,6 +246,15 @@ def sample_log_normal_sigmas(
   Give them to `EDM.t_from_sigma`, or to any path by
   `path.t_from_log_snr(-2 log sigma)`: on TrigFlow that is arctan(sigma /
   sigma_data), the draw of sCM (mean -1.0, std 1.4) and rCM.
+
+  Args:
+    key: one key, or keys [b].
+    shape: shape of the draw for each key.
+    mean: of log sigma.
+    std: of log sigma, >= 0.
+
+  Returns:
+    Levels > 0 of the keys' shape followed by `shape`.
 
   References:
     Karras et al., Elucidating the Design Space, 2022, arXiv:2206.00364,

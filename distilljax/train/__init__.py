@@ -1,4 +1,4 @@
-"""Train state, step, sharding, checkpoints and loop: written once, paper-free."""
+"""Train state, step, sharding, checkpoints, loop: written once, paper-free."""
 
 from distilljax.train.checkpoint import Checkpoints, RestoreError, SaveError
 from distilljax.train.hooks import Every, Hook, Moment, Progress

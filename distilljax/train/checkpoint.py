@@ -1,4 +1,4 @@
-"""Checkpoints of one stage: Orbax v1, atomic, the data iterator beside the state."""
+"""Checkpoints of a stage: Orbax v1, atomic, the data iterator in the commit."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def _record(words: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps the writers' tracebacks out of the log: the error says it in a line."""
+  """Keeps the writers' tracebacks out of the log; the error says it."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.CRITICAL)
@@ -75,11 +75,11 @@ class Checkpoints:
   """
 
   def __init__(
-      self,
-      folder: str | os.PathLike,
-      *,
-      keep: int = 2,
-      log: Callable[[str], None] = print,
+    self,
+    folder: str | os.PathLike,
+    *,
+    keep: int = 2,
+    log: Callable[[str], None] = print,
   ):
     self.folder = pathlib.Path(folder).absolute()
     self._keep = keep
@@ -90,10 +90,12 @@ class Checkpoints:
     if self._checkpointer is None:
       policies = ocp.training.preservation_policies
       self._checkpointer = ocp.training.Checkpointer(
-          self.folder,
-          save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-          preservation_policy=policies.LatestN(self._keep),
-          cleanup_tmp_directories=True,
+        self.folder,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
+          1
+        ),
+        preservation_policy=policies.LatestN(self._keep),
+        cleanup_tmp_directories=True,
       )
     return self._checkpointer
 
@@ -102,9 +104,9 @@ class Checkpoints:
     if not self.folder.is_dir():
       return []
     return sorted(
-        int(p.name)
-        for p in self.folder.iterdir()
-        if p.name.isdigit() and p.is_dir()
+      int(p.name)
+      for p in self.folder.iterdir()
+      if p.name.isdigit() and p.is_dir()
     )
 
   def save(self, state: State, host: dict[str, Any]) -> int:
@@ -122,8 +124,8 @@ class Checkpoints:
     try:
       with _quiet():
         saved = self._open().save_checkpointables(
-            step,
-            {"state": _storable(state), "host": {"json": _words(host)}},
+          step,
+          {"state": _storable(state), "host": {"json": _words(host)}},
         )
       if not saved or step not in self.steps():
         raise OSError("the checkpointer did not commit")
@@ -132,9 +134,9 @@ class Checkpoints:
       intact = self.steps()
       what = _reason(e)
       raise SaveError(
-          f"checkpoint: step {step} could not be saved in {self.folder}"
-          f" ({what}); last good checkpoint:"
-          f" {f'step {intact[-1]}' if intact else 'none'}"
+        f"checkpoint: step {step} could not be saved in {self.folder}"
+        f" ({what}); last good checkpoint:"
+        f" {f'step {intact[-1]}' if intact else 'none'}"
       ) from e
     return step
 
@@ -151,14 +153,14 @@ class Checkpoints:
       RestoreError: there are checkpoints but none can be read.
     """
     template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        _storable(abstract),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _storable(abstract),
     )
     found = self.steps()
     for step in reversed(found):
       try:
         loaded = self._open().load_checkpointables(
-            step, {"state": template, "host": None}
+          step, {"state": template, "host": None}
         )
         return _state(loaded["state"]), _record(loaded["host"]["json"])
       except Exception as e:  # pylint: disable=broad-exception-caught
@@ -166,14 +168,14 @@ class Checkpoints:
         aside = self.folder.with_name(f"{self.folder.name}.unreadable-{step}")
         os.replace(self.folder / str(step), aside)
         self._log(
-            f"checkpoint: step {step} in {self.folder} cannot be read"
-            f" ({type(e).__name__}), moved to {aside.name}; trying the one"
-            " before it"
+          f"checkpoint: step {step} in {self.folder} cannot be read"
+          f" ({type(e).__name__}), moved to {aside.name}; trying the one"
+          " before it"
         )
     if found:
       raise RestoreError(
-          f"checkpoint: none of the checkpoints {found} in {self.folder} can be"
-          " read; remove the folder to start the stage again"
+        f"checkpoint: none of the checkpoints {found} in {self.folder} can be"
+        " read; remove the folder to start the stage again"
       )
     return None
 

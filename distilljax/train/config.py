@@ -1,4 +1,4 @@
-"""Configs: plain values, one string argument, one-line errors before any work."""
+"""Configs: plain values, one string argument, one-line errors."""
 
 import importlib.util
 import json
@@ -33,8 +33,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     name, equals, text = item.partition("=")
     if name not in defaults:
       raise ValueError(
-          f"config argument: {name!r} must be one of {sorted(defaults)}"
-          f"{_checks.nearest(name, defaults)}"
+        f"config argument: {name!r} must be one of {sorted(defaults)}"
+        f"{_checks.nearest(name, defaults)}"
       )
     out[name] = _read(name, text, defaults[name]) if equals else True
   return ml_collections.ConfigDict(out)
@@ -46,13 +46,15 @@ def _read(name: str, text: str, default: Any) -> Any:
   if isinstance(default, bool):
     if text.lower() in ("true", "1", "false", "0"):
       return text.lower() in ("true", "1")
-    raise ValueError(f"config argument: {name} must be true or false, got {text!r}")
+    raise ValueError(
+      f"config argument: {name} must be true or false, got {text!r}"
+    )
   try:
     return type(default)(text)
   except ValueError:
     raise ValueError(
-        f"config argument: {name} must be a {type(default).__name__}, got"
-        f" {text!r}"
+      f"config argument: {name} must be a {type(default).__name__}, got"
+      f" {text!r}"
     ) from None
 
 
@@ -79,7 +81,7 @@ def _value(text: str, default: Any) -> Any:
     return type(default)(text)
   except ValueError:
     raise ValueError(
-        f"must be a {type(default).__name__}, got {text!r}"
+      f"must be a {type(default).__name__}, got {text!r}"
     ) from None
 
 
@@ -102,7 +104,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     folder = pathlib.Path(file).parent
     there = [str(p) for p in folder.glob("*.py") if p.stem != "__init__"]
     raise ValueError(
-        f"config: no such file {file!r}{_checks.nearest(file, there)}"
+      f"config: no such file {file!r}{_checks.nearest(file, there)}"
     )
   spec = importlib.util.spec_from_file_location("distilljax_config", file)
   module = importlib.util.module_from_spec(spec)
@@ -115,7 +117,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     flat = flatten(config)
     if name not in flat:
       raise ValueError(
-          f"override: unknown key {name!r}{_checks.nearest(name, flat)}"
+        f"override: unknown key {name!r}{_checks.nearest(name, flat)}"
       )
     try:
       value = _value(text, flat[name])
@@ -147,15 +149,13 @@ def to_json(config: Config) -> str:
   return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def known(
-    block: str, given: Config, allowed: Iterable[str]
-) -> None:
+def known(block: str, given: Config, allowed: Iterable[str]) -> None:
   """Raises one line for a key of a config block that nothing reads."""
   allowed = list(allowed)
   for name in given:
     if name not in allowed:
       raise ValueError(
-          f"config: unknown key {block}.{name}{_checks.nearest(name, allowed)}"
+        f"config: unknown key {block}.{name}{_checks.nearest(name, allowed)}"
       )
 
 
@@ -178,21 +178,24 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> bool:
   text = to_json(config)
   if path.exists():
     try:
-      mine, theirs = flatten(json.loads(text)), flatten(json.loads(path.read_text()))
+      mine, theirs = (
+        flatten(json.loads(text)),
+        flatten(json.loads(path.read_text())),
+      )
     except json.JSONDecodeError:
       raise ValueError(
-          f"workdir: {path} cannot be read; use another --workdir"
+        f"workdir: {path} cannot be read; use another --workdir"
       ) from None
     if mine != theirs:
       missing = "(absent)"
       fields = [
-          f"{k}: {theirs.get(k, missing)} there, {mine.get(k, missing)} now"
-          for k in sorted({**mine, **theirs})
-          if mine.get(k, missing) != theirs.get(k, missing)
+        f"{k}: {theirs.get(k, missing)} there, {mine.get(k, missing)} now"
+        for k in sorted({**mine, **theirs})
+        if mine.get(k, missing) != theirs.get(k, missing)
       ]
       raise ValueError(
-          f"workdir: {workdir} holds a run of another config"
-          f" ({'; '.join(fields)}); use another --workdir"
+        f"workdir: {workdir} holds a run of another config"
+        f" ({'; '.join(fields)}); use another --workdir"
       )
     return True
   try:
@@ -202,7 +205,7 @@ def claim_workdir(workdir: str | os.PathLike, config: Config) -> bool:
     os.replace(temporary, path)
   except OSError as e:
     raise ValueError(
-        f"workdir: {workdir} cannot be written ({e.strerror}); choose another"
-        " --workdir"
+      f"workdir: {workdir} cannot be written ({e.strerror}); choose another"
+      " --workdir"
     ) from None
   return False

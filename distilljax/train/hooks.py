@@ -43,7 +43,7 @@ class Hook:
 
 
 class Progress(Hook):
-  """A progress bar with ETA, losses and samples a second; lines where no bar fits.
+  """A progress bar with ETA, losses and samples a second, or lines.
 
   Args:
     batch_size: rows a step, for samples a second.
@@ -58,6 +58,7 @@ class Progress(Hook):
     self._bar = None
 
   def on_start(self, moment: Moment) -> None:
+    """See `Hook`."""
     import tqdm  # pylint: disable=g-import-not-at-top
 
     if jax.process_index() != 0:
@@ -66,24 +67,24 @@ class Progress(Hook):
     self._began = (time.monotonic(), moment.step)
     if self._file.isatty():
       self._bar = tqdm.tqdm(
-          total=moment.stage.steps,
-          initial=moment.step,
-          desc=moment.stage.name,
-          file=self._file,
-          dynamic_ncols=True,
-          unit="step",
+        total=moment.stage.steps,
+        initial=moment.step,
+        desc=moment.stage.name,
+        file=self._file,
+        dynamic_ncols=True,
+        unit="step",
       )
 
   def on_step(self, moment: Moment) -> None:
+    """See `Hook`."""
     if self._bar is not None:
       self._bar.update(moment.step - self._bar.n)
 
   def on_log(self, moment: Moment) -> None:
+    """See `Hook`."""
     if jax.process_index() != 0:
       return
-    losses = {
-        k: v for k, v in moment.values.items() if k.endswith("/loss")
-    }
+    losses = {k: v for k, v in moment.values.items() if k.endswith("/loss")}
     text = " ".join(f"{k}={v:.4g}" for k, v in losses.items())
     rate = moment.values.get("samples_per_second")
     if rate is not None:
@@ -100,13 +101,14 @@ class Progress(Hook):
     left = (moment.stage.steps - moment.step) * (now - began)
     left /= max(moment.step - first, 1)
     print(
-        f"{moment.stage.name}: step {moment.step}/{moment.stage.steps},"
-        f" {left:.0f} s left, {text}",
-        file=self._file,
-        flush=True,
+      f"{moment.stage.name}: step {moment.step}/{moment.stage.steps},"
+      f" {left:.0f} s left, {text}",
+      file=self._file,
+      flush=True,
     )
 
   def on_end(self, moment: Moment) -> None:
+    """See `Hook`."""
     if self._bar is not None:
       self._bar.close()
       self._bar = None
@@ -119,12 +121,13 @@ class Every(Hook):
   """
 
   def __init__(
-      self, steps: int, fn: Callable[[Moment], Mapping[str, float] | None]
+    self, steps: int, fn: Callable[[Moment], Mapping[str, float] | None]
   ):
     self._steps = steps
     self._fn = fn
 
   def on_step(self, moment: Moment) -> Mapping[str, float] | None:
+    """See `Hook`."""
     if moment.step % self._steps:
       return None
     return self._fn(moment)

@@ -69,8 +69,8 @@ class Interrupted(Exception):
 
   def __init__(self, stage: str, step: int, signum: int):
     super().__init__(
-        f"stopped by {signal.Signals(signum).name} in stage {stage} at step"
-        f" {step}; saved. The same command resumes."
+      f"stopped by {signal.Signals(signum).name} in stage {stage} at step"
+      f" {step}; saved. The same command resumes."
     )
     self.signum = signum
 
@@ -134,12 +134,19 @@ class _Clock:
   def read(self) -> list[float]:
     """Wall, CPU and compile seconds of the stage until now."""
     return [
-        c + n - b for c, n, b in zip(self._carried, self._now(), self._began)
+      c + n - b for c, n, b in zip(self._carried, self._now(), self._began)
     ]
 
 
 def params_sha256(params: Params) -> str:
-  """SHA-256 of the arrays' bytes in sorted key order."""
+  """SHA-256 of the arrays' bytes in sorted key order.
+
+  Args:
+    params: nested dict of arrays.
+
+  Returns:
+    64 hexadecimal digits.
+  """
   digest = hashlib.sha256()
 
   def visit(tree):
@@ -155,17 +162,17 @@ def params_sha256(params: Params) -> str:
 
 
 def run(
-    stages: Sequence[Stage],
-    workdir: str | pathlib.Path,
-    *,
-    seed: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
-    log_every: int = 50,
-    checkpoint_every: int = 500,
-    keep: int = 2,
-    max_skips_in_a_row: int = 20,
-    hooks: Sequence[hooks_lib.Hook] = (),
-    log: Callable[[str], None] = print,
+  stages: Sequence[Stage],
+  workdir: str | pathlib.Path,
+  *,
+  seed: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
+  log_every: int = 50,
+  checkpoint_every: int = 500,
+  keep: int = 2,
+  max_skips_in_a_row: int = 20,
+  hooks: Sequence[hooks_lib.Hook] = (),
+  log: Callable[[str], None] = print,
 ) -> Result:
   """Trains the stages in order, resuming where `workdir` says.
 
@@ -192,7 +199,7 @@ def run(
 
   Raises:
     Interrupted: after a signal, when everything is saved.
-    Diverged: too many non-finite updates in a row; the last good state is saved.
+    Diverged: too many non-finite updates in a row; the good state is saved.
     checkpoint.SaveError: a checkpoint could not be written.
   """
   workdir = pathlib.Path(workdir)
@@ -213,7 +220,7 @@ def run(
         if resumed:
           log(f"{stage.name}: resumed at step {runner.step_number}")
       runner.train(
-          stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
+        stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
       )
       runner.finish(result)
   return result
@@ -225,29 +232,31 @@ class _Runner:
   def __init__(self, stage, workdir, key, mesh, result, log):
     self.stage = stage
     self.log = log
-    self.step = make_step(
-        stage.method, stage.optimizers, mesh, **stage.options
-    )
+    self.step = make_step(stage.method, stage.optimizers, mesh, **stage.options)
     params = stage.init(named_key(key, "init"), result.params)
     expected = set(stage.method.named(Frozen)) | set(stage.method.losses)
     if missing := sorted(expected - set(params)):
       raise ValueError(
-          f"stage {stage.name}: init must return parameters for"
-          f" {sorted(expected)}, got none for {missing}"
+        f"stage {stage.name}: init must return parameters for"
+        f" {sorted(expected)}, got none for {missing}"
       )
     self.frozen = jax.device_put(
-        {n: params[n] for n in stage.method.named(Frozen)},
-        sharding.replicated(mesh),
+      {n: params[n] for n in stage.method.named(Frozen)},
+      sharding.replicated(mesh),
     )
     self.state = self.step.init(params, named_key(key, "steps"))
     self.data = stage.data()
+    # Host devices share the cores: many steps in flight starve a collective of
+    # one of them until its rendezvous times out and aborts the process.
+    devices = mesh.devices.flat
+    self.bounded = devices[0].platform == "cpu" and len(devices) > 1
     self.folder = workdir / "checkpoints" / stage.name
     self.clock = _Clock()
     self.step_number = 0
 
   def restore(self, keep: int) -> bool:
     self.checkpoints = checkpoint_lib.Checkpoints(
-        self.folder, keep=keep, log=self.log
+      self.folder, keep=keep, log=self.log
     )
     found = self.checkpoints.restore(self.state)
     if found is None:
@@ -260,22 +269,22 @@ class _Runner:
 
   def save(self) -> None:
     self.checkpoints.save(
-        self.state,
-        {
-            "data": base64.b64encode(self.data.get_state()).decode(),
-            "clock": self.clock.read(),
-        },
+      self.state,
+      {
+        "data": base64.b64encode(self.data.get_state()).decode(),
+        "clock": self.clock.read(),
+      },
     )
 
   def train(
-      self, stop, lines, hooks, log_every, checkpoint_every, max_skips
+    self, stop, lines, hooks, log_every, checkpoint_every, max_skips
   ) -> None:
     stage, step = self.stage, self.step
     totals = metrics_lib.Totals()
 
     def moment(values=None):
       return hooks_lib.Moment(
-          stage, self.step_number, self.state, self.frozen, values or {}
+        stage, self.step_number, self.state, self.frozen, values or {}
       )
 
     if self.step_number >= stage.steps:
@@ -293,6 +302,8 @@ class _Runner:
         self.state, metrics = step(updates, self.state, self.frozen, batch)
         self.step_number += 1
         totals.add(metrics)
+        if self.bounded:
+          jax.block_until_ready(self.state.step)
         last = self.step_number == stage.steps
         if self.step_number % log_every == 0 or last:
           values = totals.flush()
@@ -319,9 +330,9 @@ class _Runner:
     key = jax.random.fold_in(self.state.key, self.state.step)
     updates = self.stage.method.schedule.updates(self.step_number)
     return self.stage.method.collect(
-        {**self.frozen, **self.state.params},
-        batch,
-        Context(self.state.step, key, updates, self.state.carry),
+      {**self.frozen, **self.state.params},
+      batch,
+      Context(self.state.step, key, updates, self.state.carry),
     )
 
   def _guard(self, max_skips: int) -> None:
@@ -329,10 +340,10 @@ class _Runner:
       if count[1] > max_skips:
         self.save()
         raise Diverged(
-            f"stage {self.stage.name}: {count[1]} updates in a row of"
-            f" {name!r} had a loss or gradient that is not finite (limit"
-            f" {max_skips}); the last good state is saved at step"
-            f" {self.step_number} in {self.folder}"
+          f"stage {self.stage.name}: {count[1]} updates in a row of"
+          f" {name!r} had a loss or gradient that is not finite (limit"
+          f" {max_skips}); the last good state is saved at step"
+          f" {self.step_number} in {self.folder}"
         )
 
   def finish(self, result: Result) -> None:

@@ -81,14 +81,16 @@ class Schedule(NamedTuple):
 
   def entries(self) -> list[tuple[str, ...]]:
     """The distinct entries: one compiled program each."""
-    return list(dict.fromkeys((*[names for names, _ in self.first], *self.cycle)))
+    return list(
+      dict.fromkeys((*[names for names, _ in self.first], *self.cycle))
+    )
 
 
 Batch: TypeAlias = Mapping[str, Array]
 ParamsByName: TypeAlias = Mapping[str, Params]
 # (params, batch, context) -> (terms, metrics)
 LossFn: TypeAlias = Callable[
-    [ParamsByName, Batch, Context], tuple[dict[str, Mean], dict[str, Mean]]
+  [ParamsByName, Batch, Context], tuple[dict[str, Mean], dict[str, Mean]]
 ]
 
 
@@ -135,20 +137,20 @@ def check_method(method: Method) -> None:
   trained = set(method.named(Trained))
   if set(method.losses) != trained:
     raise ValueError(
-        f"{method.name}: losses must be given for the trained networks"
-        f" {sorted(trained)}, got {sorted(method.losses)}"
+      f"{method.name}: losses must be given for the trained networks"
+      f" {sorted(trained)}, got {sorted(method.losses)}"
     )
   for entry in method.schedule.entries():
     if not entry or not set(entry) <= trained:
       raise ValueError(
-          f"{method.name}: schedule must name trained networks"
-          f" {sorted(trained)}, got {entry}"
+        f"{method.name}: schedule must name trained networks"
+        f" {sorted(trained)}, got {entry}"
       )
   for name in method.named(Ema):
     if method.networks[name].of not in trained:
       raise ValueError(
-          f"{method.name}: network {name!r} must follow one of"
-          f" {sorted(trained)}, got {method.networks[name].of!r}"
+        f"{method.name}: network {name!r} must follow one of"
+        f" {sorted(trained)}, got {method.networks[name].of!r}"
       )
 
 
@@ -173,16 +175,24 @@ def named_key(key: Array, name: str) -> Array:
 
 
 def row_keys(key: Array, rows: int) -> Array:
-  """One key a row of the global batch. Shape [rows]."""
+  """One key a row of the global batch. Shape [rows].
+
+  Args:
+    key: the step's key.
+    rows: rows of the global batch.
+
+  Returns:
+    Typed keys. Shape [rows].
+  """
   base = named_key(key, "rows")
   return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
 
 
 def draw(
-    sampler: Callable[..., PyTree],
-    keys: Array,
-    name: str,
-    shape: tuple[int, ...] = (),
+  sampler: Callable[..., PyTree],
+  keys: Array,
+  name: str,
+  shape: tuple[int, ...] = (),
 ) -> PyTree:
   """One draw a row: `sampler(key, shape)` under each row's key and `name`.
 

@@ -43,12 +43,27 @@ def mean(values: jax.Array, where: jax.Array | None = None) -> Mean:
 
 
 def weighted(weight: float | jax.Array, term: Mean) -> Mean:
-  """`term` with its sum times `weight`: a loss weight inside a term."""
+  """`term` with its sum times `weight`: a loss weight inside a term.
+
+  Args:
+    weight: a number, or a scalar array.
+    term: what `mean` returned.
+
+  Returns:
+    The term with its sum scaled and its count as it was.
+  """
   return Mean(term.sum * weight, term.count)
 
 
 def once(value: jax.Array) -> Mean:
-  """A number of which a step has one (a norm, a rate) as a `Mean`."""
+  """A number of which a step has one (a norm, a rate) as a `Mean`.
+
+  Args:
+    value: a scalar.
+
+  Returns:
+    The value with count 1.
+  """
   return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1))
 
 
@@ -76,7 +91,7 @@ class Totals:
         counts[name] = counts.get(name, 0.0) + float(value.count)
     self._steps = []
     return {
-        name: sums[name] / counts[name] for name in sums if counts[name] > 0
+      name: sums[name] / counts[name] for name in sums if counts[name] > 0
     }
 
 
@@ -93,8 +108,8 @@ class JsonLines:
   def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
     """Appends one line; non-finite numbers are written as null."""
     clean = {
-        k: (v if not isinstance(v, float) or math.isfinite(v) else None)
-        for k, v in values.items()
+      k: (v if not isinstance(v, float) or math.isfinite(v) else None)
+      for k, v in values.items()
     }
     with self._path.open("a") as f:
       f.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
@@ -116,7 +131,7 @@ class JsonLines:
       except json.JSONDecodeError:  # the last line of a killed process
         continue
       if row["stage"] in earlier or (
-          row["stage"] == stage and row["step"] <= step
+        row["stage"] == stage and row["step"] <= step
       ):
         kept.append(line)
     temporary = self._path.with_suffix(".tmp")

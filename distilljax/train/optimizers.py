@@ -9,7 +9,7 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine", "linear")
 
 
 def make_schedule(
-    kind: str, peak: float, steps: int, warmup: int = 0
+  kind: str, peak: float, steps: int, warmup: int = 0
 ) -> optax.Schedule:
   """A learning rate as a function of the update count.
 
@@ -34,21 +34,21 @@ def make_schedule(
   if not warmup:
     return rest
   return optax.join_schedules(
-      [optax.linear_schedule(0.0, peak, warmup), rest], [warmup]
+    [optax.linear_schedule(0.0, peak, warmup), rest], [warmup]
   )
 
 
 def make_optimizer(
-    *,
-    learning_rate: float,
-    steps: int,
-    schedule: str = "constant",
-    warmup: int = 0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
+  *,
+  learning_rate: float,
+  steps: int,
+  schedule: str = "constant",
+  warmup: int = 0,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
   """AdamW behind a clip of the global gradient norm, from plain values.
 

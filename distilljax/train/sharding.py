@@ -13,10 +13,17 @@ RULES = ("dp",)
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """A mesh with the axis `data` over all devices (or those given)."""
+  """A mesh with the axis `data` over all devices (or those given).
+
+  Args:
+    devices: devices in order; None is all of them.
+
+  Returns:
+    A mesh of one axis.
+  """
   devices = jax.devices() if devices is None else list(devices)
   return jax.make_mesh(
-      (len(devices),), ("data",), (AxisType.Auto,), devices=devices
+    (len(devices),), ("data",), (AxisType.Auto,), devices=devices
   )
 
 
@@ -49,13 +56,13 @@ def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   for name, array in batch.items():
     if np.shape(array)[0] % local:
       raise ValueError(
-          f"batch: {name} must have rows divisible by {local} devices, got"
-          f" {np.shape(array)[0]}; nearest:"
-          f" {max(1, round(np.shape(array)[0] / local)) * local}"
+        f"batch: {name} must have rows divisible by {local} devices, got"
+        f" {np.shape(array)[0]}; nearest:"
+        f" {max(1, round(np.shape(array)[0] / local)) * local}"
       )
   if jax.process_count() == 1:
     return jax.device_put(dict(batch), sharding)
   return {
-      k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
-      for k, v in batch.items()
+    k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
+    for k, v in batch.items()
   }

@@ -42,9 +42,9 @@ def _select(ok: Array, new: PyTree, old: PyTree) -> PyTree:
 
 def _all_finite(tree: PyTree) -> Array:
   leaves = [
-      jnp.all(jnp.isfinite(x))
-      for x in jax.tree.leaves(tree)
-      if jnp.issubdtype(x.dtype, jnp.inexact)
+    jnp.all(jnp.isfinite(x))
+    for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(x.dtype, jnp.inexact)
   ]
   return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
 
@@ -53,16 +53,16 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
   if dtype is None:
     return tree
   return jax.tree.map(
-      lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-      tree,
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    tree,
   )
 
 
 def _cut(batch: PyTree, part: int, parts: int) -> PyTree:
   """Row i goes to part i mod n: cutting a sharded batch moves no data."""
   return jax.tree.map(
-      lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:])[:, part],
-      batch,
+    lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:])[:, part],
+    batch,
   )
 
 
@@ -71,11 +71,11 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def map_slices(
-    fn: Callable[[PyTree], PyTree],
-    batch: PyTree,
-    *,
-    slices: int,
-    unroll: bool = True,
+  fn: Callable[[PyTree], PyTree],
+  batch: PyTree,
+  *,
+  slices: int,
+  unroll: bool = True,
 ) -> PyTree:
   """Row-wise `fn` over `slices` strided slices of the rows, put together again.
 
@@ -94,20 +94,20 @@ def map_slices(
   if slices == 1:
     return fn(batch)
   stacked = jax.tree.map(
-      lambda x: jnp.moveaxis(
-          x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
-      ),
-      batch,
+    lambda x: jnp.moveaxis(
+      x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
+    ),
+    batch,
   )
   if unroll:
     parts = [
-        fn(jax.tree.map(lambda x: x[i], stacked)) for i in range(slices)
+      fn(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(slices)
     ]
     out = jax.tree.map(lambda *x: jnp.stack(x), *parts)
   else:
     out = jax.lax.map(fn, stacked)
   return jax.tree.map(
-      lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), out
+    lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), out
   )
 
 
@@ -128,29 +128,29 @@ class Step:
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     self._init = jax.jit(self._make_state, out_shardings=whole)
     self.jitted = jax.jit(
-        self._run,
-        static_argnums=0,
-        donate_argnums=1,
-        in_shardings=(whole, whole, rows),
-        out_shardings=(whole, whole),
-        compiler_options=options,
+      self._run,
+      static_argnums=0,
+      donate_argnums=1,
+      in_shardings=(whole, whole, rows),
+      out_shardings=(whole, whole),
+      compiler_options=options,
     )
 
   def __call__(
-      self,
-      updates: tuple[str, ...],
-      state: State,
-      frozen: Mapping[str, Params],
-      batch: Mapping[str, Array],
+    self,
+    updates: tuple[str, ...],
+    state: State,
+    frozen: Mapping[str, Params],
+    batch: Mapping[str, Array],
   ) -> tuple[State, dict[str, Mean]]:
     """One step: updates the named networks, donates `state`."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % self._accumulation:
       _checks.fail(
-          "step",
-          "batch",
-          f"of rows divisible by accumulation {self._accumulation}",
-          rows,
+        "step",
+        "batch",
+        f"of rows divisible by accumulation {self._accumulation}",
+        rows,
       )
     return self.jitted(updates, state, dict(frozen), batch)
 
@@ -171,12 +171,12 @@ class Step:
   def _make_state(self, params, key):
     trained = self.method.named(method_lib.Trained)
     return State(
-        step=jnp.int32(0),
-        key=key,
-        params=jax.tree.map(jnp.array, params),
-        opt_state={n: self._optimizers[n].init(params[n]) for n in trained},
-        carry=None if self.method.carry is None else self.method.carry(),
-        skipped={n: jnp.zeros(2, jnp.int32) for n in trained},
+      step=jnp.int32(0),
+      key=key,
+      params=jax.tree.map(jnp.array, params),
+      opt_state={n: self._optimizers[n].init(params[n]) for n in trained},
+      carry=None if self.method.carry is None else self.method.carry(),
+      skipped={n: jnp.zeros(2, jnp.int32) for n in trained},
     )
 
   def _run(self, updates, state, frozen, batch):
@@ -202,27 +202,25 @@ class Step:
       ok = jnp.isfinite(norm) & jnp.isfinite(total)
       own = {n: state.params[n] for n in self._moved_with(name)}
       moved, opt_state[name] = self._update(
-          name, ok, grads, own, state.opt_state[name], state.step
+        name, ok, grads, own, state.opt_state[name], state.step
       )
       new_params.update(moved)
       skipped[name] = jnp.where(
-          ok,
-          state.skipped[name] * jnp.array([1, 0]),
-          state.skipped[name] + jnp.array([1, 1]),
+        ok,
+        state.skipped[name] * jnp.array([1, 0]),
+        state.skipped[name] + jnp.array([1, 1]),
       )
       values["loss"] = metrics_lib.once(total)
       values["grad_norm"] = metrics_lib.once(norm)
       # A skipped update says so and leaves its numbers out of the averages.
       for metric, value in values.items():
         metrics[f"{name}/{metric}"] = Mean(
-            *_select(ok, value, Mean(*jax.tree.map(jnp.zeros_like, value)))
+          *_select(ok, value, Mean(*jax.tree.map(jnp.zeros_like, value)))
         )
       metrics[f"{name}/skipped"] = metrics_lib.once(~ok)
     return (
-        State(
-            state.step + 1, state.key, new_params, opt_state, carry, skipped
-        ),
-        metrics,
+      State(state.step + 1, state.key, new_params, opt_state, carry, skipped),
+      metrics,
     )
 
   def _moved_with(self, name):
@@ -240,16 +238,16 @@ class Step:
 
     def move(own, opt_state):
       change, opt_state = self._optimizers[name].update(
-          grads, opt_state, own[name]
+        grads, opt_state, own[name]
       )
       new = {name: optax.apply_updates(own[name], change)}
       for ema in set(own) - {name}:
         decay = self.method.networks[ema].decay
         decay = decay(step) if callable(decay) else decay
         new[ema] = jax.tree.map(
-            lambda e, p, d=decay: (d * e + (1 - d) * p).astype(e.dtype),
-            own[ema],
-            new[name],
+          lambda e, p, d=decay: (d * e + (1 - d) * p).astype(e.dtype),
+          own[ema],
+          new[name],
         )
       return new, opt_state
 
@@ -260,14 +258,14 @@ class Step:
 
     def evaluate(tree, part):
       cast = {
-          k: _cast(v, self._dtype) for k, v in {**params, name: tree}.items()
+        k: _cast(v, self._dtype) for k, v in {**params, name: tree}.items()
       }
       return loss(cast, part, context)
 
     def objective(tree, part, counts):
       terms, extra = evaluate(tree, part)
       total = sum(
-          term.sum / jnp.maximum(counts[k], 1) for k, term in terms.items()
+        term.sum / jnp.maximum(counts[k], 1) for k, term in terms.items()
       )
       return total, (terms, extra)
 
@@ -287,23 +285,23 @@ class Step:
           out = _add(out, fn(_cut(rows, i, parts)))
         return out
       stacked = jax.tree.map(
-          lambda x: jnp.moveaxis(
-              x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0
-          ),
-          rows,
+        lambda x: jnp.moveaxis(
+          x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0
+        ),
+        rows,
       )
       first = jax.tree.map(
-          lambda x: jnp.zeros(x.shape, x.dtype),
-          jax.eval_shape(fn, jax.tree.map(lambda x: x[0], stacked)),
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(fn, jax.tree.map(lambda x: x[0], stacked)),
       )
       return jax.lax.scan(
-          lambda total, part: (_add(total, fn(part)), None), first, stacked
+        lambda total, part: (_add(total, fn(part)), None), first, stacked
       )[0]
 
     tree = params[name]
     if self.method.gradients is not None:
       grads, extra = self.method.gradients(
-          evaluate, tree, batch, context, accumulate
+        evaluate, tree, batch, context, accumulate
       )
       return grads, dict(extra), jnp.float32(0)
     if self._accumulation == 1:
@@ -313,26 +311,26 @@ class Step:
         total = sum(t.sum / jnp.maximum(t.count, 1) for t in terms.values())
         return total, (terms, extra)
 
-      (total, (terms, extra)), grads = jax.value_and_grad(
-          whole, has_aux=True
-      )(tree)
+      (total, (terms, extra)), grads = jax.value_and_grad(whole, has_aux=True)(
+        tree
+      )
     else:
       counts = accumulate(counts_of)
       (total, (terms, extra)), grads = accumulate(
-          lambda part: differentiate(tree, part, counts)
+        lambda part: differentiate(tree, part, counts)
       )
     return grads, {**terms, **extra}, total
 
 
 def make_step(
-    method: method_lib.Method,
-    optimizers: Mapping[str, optax.GradientTransformation],
-    mesh: jax.sharding.Mesh | None = None,
-    rules: str = "dp",
-    *,
-    accumulation: int = 1,
-    unroll: bool = True,
-    compute_dtype: Any = None,
+  method: method_lib.Method,
+  optimizers: Mapping[str, optax.GradientTransformation],
+  mesh: jax.sharding.Mesh | None = None,
+  rules: str = "dp",
+  *,
+  accumulation: int = 1,
+  unroll: bool = True,
+  compute_dtype: Any = None,
 ) -> Step:
   """The train step of a method: `step(updates, state, frozen, batch)`.
 
@@ -367,18 +365,18 @@ def make_step(
   trained = method.named(method_lib.Trained)
   if missing := sorted(set(trained) - set(optimizers)):
     raise ValueError(
-        f"make_step: optimizers must have an entry for {trained}, got none for"
-        f" {missing}"
+      f"make_step: optimizers must have an entry for {trained}, got none for"
+      f" {missing}"
     )
   if accumulation < 1:
     _checks.fail("make_step", "accumulation", ">= 1", accumulation)
   if method.couples_rows and accumulation > 1:
     raise ValueError(
-        f"make_step: accumulation must be 1 for {method.name}, whose loss"
-        f" couples the rows of a batch, got {accumulation}"
+      f"make_step: accumulation must be 1 for {method.name}, whose loss"
+      f" couples the rows of a batch, got {accumulation}"
     )
   _checks.one_of("make_step", "rules", rules, sharding.RULES)
   mesh = sharding.make_mesh() if mesh is None else mesh
   return Step(
-      method, dict(optimizers), mesh, accumulation, unroll, compute_dtype
+    method, dict(optimizers), mesh, accumulation, unroll, compute_dtype
   )

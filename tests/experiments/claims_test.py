@@ -27,13 +27,16 @@ def run(config, folder):
   """summary.json of a config run by the launcher."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   subprocess.run(
-      [
-          sys.executable, "-m", "experiments.train",
-          f"--config=configs/{config}", f"--workdir={folder}",
-      ],
-      cwd=ROOT,
-      env={**environment, "JAX_PLATFORMS": "cpu"},
-      check=True,
+    [
+      sys.executable,
+      "-m",
+      "experiments.train",
+      f"--config=configs/{config}",
+      f"--workdir={folder}",
+    ],
+    cwd=ROOT,
+    env={**environment, "JAX_PLATFORMS": "cpu"},
+    check=True,
   )
   return json.loads((folder / "summary.json").read_text())
 
@@ -41,9 +44,9 @@ def run(config, folder):
 def score(summary, metric, model, steps):
   """One value of a summary."""
   found = [
-      r["value"]
-      for r in summary["scores"]
-      if (r["metric"], r["model"], r["steps"]) == (metric, model, steps)
+    r["value"]
+    for r in summary["scores"]
+    if (r["metric"], r["model"], r["steps"]) == (metric, model, steps)
   ]
   assert len(found) == 1, (metric, model, steps)
   return found[0]
@@ -61,13 +64,11 @@ def seeds(config, tmp_path, metric, model, steps, n=3):
 
 def test_mean_flow_on_ring8_reaches_the_exact_map():
   """One seed of configs/mean_flow_ring8.py at half its steps, gate .26."""
-  config = config_lib.load(
-      "configs/mean_flow_ring8.py", ["student.steps=3000"]
-  )
+  config = config_lib.load("configs/mean_flow_ring8.py", ["student.steps=3000"])
   built = job.build(config)
   stage = built.stages[0]
   step = train.make_step(
-      stage.method, stage.optimizers, train.make_mesh(jax.devices()[:1])
+    stage.method, stage.optimizers, train.make_mesh(jax.devices()[:1])
   )
   params = stage.init(jax.random.key(0), {})
   frozen = {"teacher": params["teacher"]}
@@ -75,12 +76,10 @@ def test_mean_flow_on_ring8_reaches_the_exact_map():
   rows = stage.data()
   for _ in range(stage.steps):
     state, _ = step(
-        ("student",), state, frozen, train.put_rows(next(rows), step.mesh)
+      ("student",), state, frozen, train.put_rows(next(rows), step.mesh)
     )
   inputs = built.problem.inputs(2048, jax.random.key(7))
-  made = job.sample(
-      stage.method, state.params, inputs, steps=1, batch=2048
-  )
+  made = job.sample(stage.method, state.params, inputs, steps=1, batch=2048)
   assert built.problem.score(made, inputs)["map_rmse"] < 0.26
 
 
@@ -89,8 +88,11 @@ def test_mean_flow_ring8(tmp_path):
   """3 seeds, 6,000 steps: RMSE to the exact map, by both identities."""
   for identity, gate in (("eulerian", 0.22), ("lagrangian", 0.16)):
     rmse = seeds(
-        f"mean_flow_ring8.py:identity={identity},seed={{}}",
-        tmp_path, "map_rmse", "student", 1,
+      f"mean_flow_ring8.py:identity={identity},seed={{}}",
+      tmp_path,
+      "map_rmse",
+      "student",
+      1,
     )
     assert rmse.mean() <= gate and rmse.max() <= 0.26
 
@@ -99,16 +101,23 @@ def test_mean_flow_ring8(tmp_path):
 def test_regression_warm_up_keeps_the_mode_frequencies(tmp_path):
   """3 seeds, 3,000 student updates: TV without >= 2 x TV with; 8 of 8 modes."""
   tv = {
-      warmup: seeds(
-          f"dmd2_ring8.py:warmup={warmup},seed={{}}",
-          tmp_path, "mode_tv", "student", 1,
-      )
-      for warmup in ("true", "false")
+    warmup: seeds(
+      f"dmd2_ring8.py:warmup={warmup},seed={{}}",
+      tmp_path,
+      "mode_tv",
+      "student",
+      1,
+    )
+    for warmup in ("true", "false")
   }
   assert tv["false"].mean() >= 2 * tv["true"].mean()
   modes = seeds(
-      "dmd2_ring8.py:warmup=true,seed={}", tmp_path / "again", "modes",
-      "student", 1, n=1,
+    "dmd2_ring8.py:warmup=true,seed={}",
+    tmp_path / "again",
+    "modes",
+    "student",
+    1,
+    n=1,
   )
   assert (modes == 8).all()
 
@@ -141,9 +150,9 @@ def test_fashion14(tmp_path):
 def test_gan_helps_the_student(tmp_path):
   """3 seeds, equal steps: lambda_G .03 against none, FCD at one step."""
   with_gan = seeds(
-      "dmd2_gan_fashion14.py:seed={}", tmp_path, "fcd", "student", 1
+    "dmd2_gan_fashion14.py:seed={}", tmp_path, "fcd", "student", 1
   )
   without = seeds(
-      "dmd2_gan_fashion14.py:gan=0.0,seed={}", tmp_path, "fcd", "student", 1
+    "dmd2_gan_fashion14.py:gan=0.0,seed={}", tmp_path, "fcd", "student", 1
   )
   assert with_gan.mean() < without.mean()

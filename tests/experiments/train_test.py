@@ -1,4 +1,4 @@
-"""The launcher: bad input is one line, a finished run says so, files are there."""
+"""The launcher: bad input is one line, a finished run says so."""
 
 import json
 import signal
@@ -58,37 +58,51 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "arguments,match",
-    [
-        (["--config=configs/ode_regresion_ring8.py"], "did you mean"),
-        ([f"--config={SMALL}", "--config.student.stpes=3"],
-         "did you mean 'student.steps'"),
-        ([f"--config={SMALL}", "--config.student.steps=many"],
-         "must be a int, got 'many'"),
-        (["--config=configs/ode_regression_ring8.py:runlocl"],
-         "did you mean 'runlocal'"),
-        ([f"--config={SMALL}", "--config.student.method=ode"],
-         "must be one of"),
-        ([f"--config={SMALL}", "--config.data.batch_size=30"],
-         "divisible by 8 devices, got 30; nearest: 32"),
-        ([f"--config={SMALL}", "--config.stages=('student','studnet')"],
-         "stage 'studnet' has no block"),
-        ([f"--config={SMALL}", "--config.student.optimizers.student."
-          "learning_rate=-1"], "learning_rate must be in"),
-        ([f"--config={SMALL}", "--config.student.networks.student.start=tea"],
-         "start must be one of"),
-        ([f"--config={SMALL}", "--config.data.name=ring9"],
-         "must be one of"),
-        ([f"--config={SMALL}", "--config.model.kind=mpl"],
-         "did you mean 'mlp'"),
-        ([f"--config={SMALL}", "more"], "unknown argument 'more'"),
-        ([], "give --config="),
-    ],
+  "arguments,match",
+  [
+    (["--config=configs/ode_regresion_ring8.py"], "did you mean"),
+    (
+      [f"--config={SMALL}", "--config.student.stpes=3"],
+      "did you mean 'student.steps'",
+    ),
+    (
+      [f"--config={SMALL}", "--config.student.steps=many"],
+      "must be a int, got 'many'",
+    ),
+    (
+      ["--config=configs/ode_regression_ring8.py:runlocl"],
+      "did you mean 'runlocal'",
+    ),
+    ([f"--config={SMALL}", "--config.student.method=ode"], "must be one of"),
+    (
+      [f"--config={SMALL}", "--config.data.batch_size=30"],
+      "divisible by 8 devices, got 30; nearest: 32",
+    ),
+    (
+      [f"--config={SMALL}", "--config.stages=('student','studnet')"],
+      "stage 'studnet' has no block",
+    ),
+    (
+      [
+        f"--config={SMALL}",
+        "--config.student.optimizers.student.learning_rate=-1",
+      ],
+      "learning_rate must be in",
+    ),
+    (
+      [f"--config={SMALL}", "--config.student.networks.student.start=tea"],
+      "start must be one of",
+    ),
+    ([f"--config={SMALL}", "--config.data.name=ring9"], "must be one of"),
+    ([f"--config={SMALL}", "--config.model.kind=mpl"], "did you mean 'mlp'"),
+    ([f"--config={SMALL}", "more"], "unknown argument 'more'"),
+    ([], "give --config="),
+  ],
 )
 def test_bad_input_stops_before_any_work(capsys, tmp_path, arguments, match):
   folder = tmp_path / "run"
   code, _, err = command(
-      capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
+    capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
   )
   lines = [r for r in err.splitlines() if r.strip()]
   assert code in (1, 2), err
@@ -100,8 +114,10 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
   file = tmp_path / "file"
   file.write_text("")
   code, _, err = command(
-      capsys, f"--config={SMALL}", f"--workdir={file}/run",
-      "--compile_cache=off",
+    capsys,
+    f"--config={SMALL}",
+    f"--workdir={file}/run",
+    "--compile_cache=off",
   )
   assert code == 1 and "cannot be written" in err
 
@@ -109,9 +125,11 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def test_missing_originals_are_one_line(capsys, tmp_path, monkeypatch):
   monkeypatch.setenv("DISTILLJAX_DATA", str(tmp_path))
   code, _, err = command(
-      capsys, "--config=configs/dmd2_fashion28.py",
-      f"--config.data.folder={tmp_path}", f"--workdir={tmp_path}/run",
-      "--compile_cache=off",
+    capsys,
+    "--config=configs/dmd2_fashion28.py",
+    f"--config.data.folder={tmp_path}",
+    f"--workdir={tmp_path}/run",
+    "--compile_cache=off",
   )
   assert code == 1
   assert "dataset-fashion-mnist" in err and len(err.strip().splitlines()) == 1
@@ -120,14 +138,23 @@ def test_missing_originals_are_one_line(capsys, tmp_path, monkeypatch):
 def test_a_run_leaves_everything(finished):
   folder, lines = finished
   for name in (
-      "config.json", "metrics.jsonl", "summary.json", "report.html",
-      "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "checkpoints",
   ):
     assert (folder / name).exists(), name
   summary = json.loads((folder / "summary.json").read_text())
   assert {
-      "scores", "floors", "seconds", "cpu_seconds", "compile_seconds",
-      "params_sha256", "versions", "seed",
+    "scores",
+    "floors",
+    "seconds",
+    "cpu_seconds",
+    "compile_seconds",
+    "params_sha256",
+    "versions",
+    "seed",
   } <= set(summary)
   row = summary["scores"][-1]
   assert set(row) == {"model", "steps", "metric", "value", "n"}
@@ -147,7 +174,7 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
   folder, _ = finished
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
-      capsys, f"--config={SMALL}", f"--workdir={folder}", "--compile_cache=off"
+    capsys, f"--config={SMALL}", f"--workdir={folder}", "--compile_cache=off"
   )
   assert code == 0 and "finished before" in out and "report.html" in out
   assert (folder / "summary.json").read_bytes() == before
@@ -156,8 +183,11 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
 def test_another_config_is_refused(finished, capsys):
   folder, _ = finished
   code, _, err = command(
-      capsys, f"--config={SMALL}", "--config.seed=1", f"--workdir={folder}",
-      "--compile_cache=off",
+    capsys,
+    f"--config={SMALL}",
+    "--config.seed=1",
+    f"--workdir={folder}",
+    "--compile_cache=off",
   )
   assert code == 1
   assert "holds a run of another config (seed: 0 there, 1 now)" in err
@@ -169,7 +199,6 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(finished, tmp_path):
   config = config_lib.load(SMALL)
 
   class Stop(train.Hook):
-
     def on_step(self, moment):
       if moment.step == 17:
         signal.raise_signal(signal.SIGTERM)

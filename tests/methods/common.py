@@ -11,7 +11,7 @@ PATH = processes.RectifiedFlow()
 
 def context(updates=("student",), seed=0, carry=None):
   return train.Context(
-      jnp.int32(0), jax.random.key(seed), tuple(updates), carry
+    jnp.int32(0), jax.random.key(seed), tuple(updates), carry
   )
 
 
@@ -19,8 +19,8 @@ def batch(rows, dim=2, seed=0, label=None, **arrays):
   """Rows with their keys, as the step hands them to a loss."""
   key = jax.random.key(seed + 100)
   out = {
-      "x": jax.random.normal(jax.random.key(seed), (rows, dim)),
-      "key": train.row_keys(key, rows),
+    "x": jax.random.normal(jax.random.key(seed), (rows, dim)),
+    "key": train.row_keys(key, rows),
   }
   if label is not None:
     out["label"] = jnp.full(rows, label, jnp.int32)
@@ -32,7 +32,7 @@ def gaussian(mean=(0.0, 0.0), std=1.0):
 
 
 def x0_of(mean, std=1.0):
-  """E[x0 | x_t] of N(mean, std^2 I) on the straight path; mean may be traced."""
+  """E[x0 | x_t] of N(mean, std^2 I) on the straight path."""
 
   def fn(x, t):
     a, s = (1 - t)[:, None], t[:, None]
@@ -54,7 +54,7 @@ def total(method, name, params, rows, ctx):
   @jax.jit
   def run(params, rows, step, key):
     return eager_total(
-        method, name, params, rows, ctx._replace(step=step, key=key)
+      method, name, params, rows, ctx._replace(step=step, key=key)
     )
 
   return run(params, rows, ctx.step, ctx.key)

@@ -35,12 +35,12 @@ NETS = {"student": student, "teacher": teacher, "critic": critic}
 def params(m=0.5, critic_m=None, w=0.3):
   m = jnp.asarray(m) * jnp.ones(2)
   return {
-      "student": {"m": m, "s": jnp.float32(1.0)},
-      "critic": {
-          "m": m if critic_m is None else critic_m * jnp.ones(2),
-          "w": jnp.float32(w),
-      },
-      "teacher": {"m": jnp.zeros(2)},
+    "student": {"m": m, "s": jnp.float32(1.0)},
+    "critic": {
+      "m": m if critic_m is None else critic_m * jnp.ones(2),
+      "w": jnp.float32(w),
+    },
+    "teacher": {"m": jnp.zeros(2)},
   }
 
 
@@ -51,7 +51,7 @@ def gradient(method, name, p, rows, ctx=None):
   def run(p, rows, step, key):
     here = ctx._replace(step=step, key=key)
     return jax.grad(
-        lambda tree: common.eager_total(method, name, tree, rows, here)[0]
+      lambda tree: common.eager_total(method, name, tree, rows, here)[0]
     )(p)
 
   return run(p, rows, ctx.step, ctx.key)
@@ -82,15 +82,15 @@ def test_student_loss_is_the_formula():
   direction = (fake - real) / scale
   expected = 0.5 * np.mean(direction**2)
   value, (_, metrics) = common.total(
-      method, "student", p, rows, common.context()
+    method, "student", p, rows, common.context()
   )
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   np.testing.assert_allclose(
-      metrics["direction"].sum / 8, np.mean(np.abs(direction)), rtol=1e-4
+    metrics["direction"].sum / 8, np.mean(np.abs(direction)), rtol=1e-4
   )
   slope = gradient(method, "student", p, rows)
   np.testing.assert_allclose(
-      slope["student"]["m"], np.mean(direction, axis=0) / 2, rtol=1e-4
+    slope["student"]["m"], np.mean(direction, axis=0) / 2, rtol=1e-4
   )
   for frozen in ("critic", "teacher"):
     for leaf in jax.tree.leaves(slope[frozen]):
@@ -100,9 +100,7 @@ def test_student_loss_is_the_formula():
 def test_critic_learns_the_students_samples_only():
   method = make(NETS, prediction="x0", **NO_GAN)
   rows = common.batch(4096)
-  slope = lambda m: gradient(
-      method, "critic", params(0.5, critic_m=m), rows
-  )
+  slope = lambda m: gradient(method, "critic", params(0.5, critic_m=m), rows)
   at_truth, below = slope(0.5), slope(0.0)
   assert np.all(np.abs(at_truth["critic"]["m"]) < 0.02)
   assert np.all(below["critic"]["m"] < -0.05)
@@ -114,8 +112,11 @@ def test_critic_learns_the_students_samples_only():
 def test_gan_terms(shared):
   """logit = w sum(x_t): what each side pays and where its gradient goes."""
   method = make(
-      NETS, prediction="x0", gan_weight=0.5, gan_critic_weight=0.25,
-      gan_shares_noise=shared,
+    NETS,
+    prediction="x0",
+    gan_weight=0.5,
+    gan_critic_weight=0.25,
+    gan_shares_noise=shared,
   )
   rows, p = common.batch(64), params(0.5)
   name = "score" if shared else "gan"
@@ -127,29 +128,28 @@ def test_gan_terms(shared):
   logits = 0.3 * jnp.sum(x_t, axis=1)
   _, (terms, _) = common.total(method, "student", p, rows, common.context())
   np.testing.assert_allclose(
-      terms["gan"].sum, 0.5 * np.sum(np.log1p(np.exp(-logits))), rtol=1e-4
+    terms["gan"].sum, 0.5 * np.sum(np.log1p(np.exp(-logits))), rtol=1e-4
   )
   _, (terms, metrics) = common.total(
-      method, "critic", p, rows, common.context()
+    method, "critic", p, rows, common.context()
   )
   draw = lambda n, low=0.0, high=1.0: (
-      train.draw(jax.random.normal, rows["key"], f"{n}/noise", (2,)),
-      low + (high - low)
-      * train.draw(jax.random.uniform, rows["key"], f"{n}/time"),
+    train.draw(jax.random.normal, rows["key"], f"{n}/noise", (2,)),
+    low
+    + (high - low) * train.draw(jax.random.uniform, rows["key"], f"{n}/time"),
   )
-  fake_noise, fake_t = (
-      draw("critic", 0.001, 1.0) if shared else draw("fake")
-  )
+  fake_noise, fake_t = draw("critic", 0.001, 1.0) if shared else draw("fake")
   real_noise, real_t = draw("real")
-  at = lambda x, n, s: 0.3 * np.sum(
-      (1 - s)[:, None] * x + s[:, None] * n, axis=1
+  at = lambda x, n, s: (
+    0.3 * np.sum((1 - s)[:, None] * x + s[:, None] * n, axis=1)
   )
   fake = at(0.5 + latent, fake_noise, fake_t)
   real = at(rows["x"], real_noise, real_t)
   expected = np.log1p(np.exp(fake)) + np.log1p(np.exp(-real))
   np.testing.assert_allclose(terms["gan"].sum, 0.25 * expected.sum(), rtol=1e-4)
-  np.testing.assert_allclose(metrics["fake_logit"].sum, fake.sum(), rtol=2e-3,
-                             atol=2e-3)
+  np.testing.assert_allclose(
+    metrics["fake_logit"].sum, fake.sum(), rtol=2e-3, atol=2e-3
+  )
   slope = gradient(method, "critic", p, rows)
   assert float(slope["critic"]["w"]) != 0
   np.testing.assert_array_equal(slope["student"]["m"], 0.0)
@@ -157,9 +157,9 @@ def test_gan_terms(shared):
 
 def test_discriminator_on_outside_features():
   nets = {
-      **NETS,
-      "features": lambda p, x, t, *, features: (x, p["k"] * x),
-      "discriminator": lambda p, f: p["w"] * jnp.sum(f, -1),
+    **NETS,
+    "features": lambda p, x, t, *, features: (x, p["k"] * x),
+    "discriminator": lambda p, f: p["w"] * jnp.sum(f, -1),
   }
   method = make(nets, prediction="x0", gan_features="outside")
   assert method.networks["features"] == train.Frozen()
@@ -167,8 +167,8 @@ def test_discriminator_on_outside_features():
   assert method.schedule.updates(1) == ("critic", "discriminator")
   rows = common.batch(16)
   p = params(0.5) | {
-      "features": {"k": jnp.float32(2.0)},
-      "discriminator": {"w": jnp.float32(0.3)},
+    "features": {"k": jnp.float32(2.0)},
+    "discriminator": {"w": jnp.float32(0.3)},
   }
   _, (terms, _) = common.total(method, "critic", p, rows, common.context())
   assert set(terms) == {"denoising"}
@@ -182,7 +182,10 @@ def test_two_time_scales():
   method = make(NETS, prediction="x0", ratio=3, **NO_GAN)
   played = [method.schedule.updates(i) for i in range(4)]
   assert played == [
-      ("student", "critic"), ("critic",), ("critic",), ("student", "critic")
+    ("student", "critic"),
+    ("critic",),
+    ("critic",),
+    ("student", "critic"),
   ]
 
 
@@ -229,32 +232,34 @@ def test_sampling_renoises_at_the_trained_times():
   noise = jax.random.normal(jax.random.key(0), (4, 2))
   with jax.disable_jit():
     method.sample(
-        {"ema": params()["student"]}, {"noise": noise}, jax.random.key(1),
-        steps=2,
+      {"ema": params()["student"]},
+      {"noise": noise},
+      jax.random.key(1),
+      steps=2,
     )
     np.testing.assert_allclose([t[0] for t in seen], [1.0, 0.3], rtol=1e-6)
     seen.clear()
     method.sample(
-        {"ema": params()["student"]}, {"noise": noise}, jax.random.key(1),
-        steps=4,
+      {"ema": params()["student"]},
+      {"noise": noise},
+      jax.random.key(1),
+      steps=4,
     )
   np.testing.assert_allclose([t[0] for t in seen], [1, 0.75, 0.5, 0.25])
 
 
 def test_guidance_changes_the_teacher_only():
-  guided = lambda p, x, t, *, label: jnp.where(
-      label[:, None] == 9, 0.0, 1.0
-  ) * jnp.ones_like(x)
+  guided = lambda p, x, t, *, label: (
+    jnp.where(label[:, None] == 9, 0.0, 1.0) * jnp.ones_like(x)
+  )
   plain = lambda p, x, t, *, label: p["m"] + 0 * x
   nets = {"student": plain, "teacher": guided, "critic": plain}
   rows, p = common.batch(4, label=0), params(0.5)
   for w in (1.0, 3.0):
     method = make(
-        nets, prediction="x0", guidance=w, null_label=9, eps=0.0, **NO_GAN
+      nets, prediction="x0", guidance=w, null_label=9, eps=0.0, **NO_GAN
     )
-    _, (_, metrics) = common.total(
-        method, "student", p, rows, common.context()
-    )
+    _, (_, metrics) = common.total(method, "student", p, rows, common.context())
     # real = w, fake = x = .5: |.5 - w| / |.5 - w| = 1 at any w but .5
     np.testing.assert_allclose(metrics["direction"].sum, 4.0, rtol=1e-5)
     slope = gradient(method, "student", p, rows)["student"]["m"]
@@ -271,11 +276,17 @@ def test_log_sigma_times():
     return teacher(p, x, t)
 
   method = make(
-      {**NETS, "teacher": watched}, prediction="x0",
-      time_distribution="log_sigma", t_min=0.05 / 1.05, t_max=5 / 6,
-      critic_t_max=0.9, **NO_GAN,
+    {**NETS, "teacher": watched},
+    prediction="x0",
+    time_distribution="log_sigma",
+    t_min=0.05 / 1.05,
+    t_max=5 / 6,
+    critic_t_max=0.9,
+    **NO_GAN,
   )
-  common.eager_total(method, "student", params(), common.batch(2048), common.context())
+  common.eager_total(
+    method, "student", params(), common.batch(2048), common.context()
+  )
   log_sigma = np.log(seen[0] / (1 - seen[0]))
   low, high = np.log(0.05), np.log(5.0)
   assert log_sigma.min() >= low - 1e-3 and log_sigma.max() <= high + 1e-3
@@ -292,8 +303,9 @@ def test_bad_input_is_one_line():
     make(NETS, gan_features="student")
   with helpers.one_line_error("gan_shares_noise must be False"):
     make(
-        {**NETS, "discriminator": critic}, gan_features="teacher",
-        gan_shares_noise=True,
+      {**NETS, "discriminator": critic},
+      gan_features="teacher",
+      gan_shares_noise=True,
     )
   with helpers.one_line_error("time_distribution must be one of"):
     make(NETS, time_distribution="log")
@@ -302,11 +314,11 @@ def test_bad_input_is_one_line():
 
 
 def test_on_the_edm_path_the_latent_has_its_sigma():
-  method = make(
-      NETS, prediction="x0", path=processes.EDM(), **NO_GAN
-  )
+  method = make(NETS, prediction="x0", path=processes.EDM(), **NO_GAN)
   out = method.sample(
-      {"ema": {"m": jnp.zeros(2), "s": jnp.float32(1.0)}},
-      {"noise": jnp.ones((1, 2))}, jax.random.key(0), steps=1,
+    {"ema": {"m": jnp.zeros(2), "s": jnp.float32(1.0)}},
+    {"noise": jnp.ones((1, 2))},
+    jax.random.key(0),
+    steps=1,
   )
   np.testing.assert_allclose(out, 80.0, rtol=1e-5)

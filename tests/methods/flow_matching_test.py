@@ -22,15 +22,15 @@ def test_exact_velocity_is_the_minimum():
   mixture = common.gaussian((1.0, -0.5), 0.5)
   method = make({"student": scaled_exact(mixture)})
   rows = common.batch(
-      4096, x=mixture.sample(jax.random.key(7), 4096).astype(jnp.float32)
+    4096, x=mixture.sample(jax.random.key(7), 4096).astype(jnp.float32)
   )
 
   @jax.jit
   def slope(a):
     return jax.grad(
-        lambda p: common.eager_total(
-            method, "student", {"student": p}, rows, common.context()
-        )[0]
+      lambda p: common.eager_total(
+        method, "student", {"student": p}, rows, common.context()
+      )[0]
     )({"a": a})["a"]
 
   # The slope is 2 (a - 1) E[v^2] up to the sampling error of 4096 rows.
@@ -48,7 +48,7 @@ def test_loss_is_the_formula():
   x_t = (1 - t)[:, None] * rows["x"] + t[:, None] * noise
   expected = np.mean((3.0 * x_t + t[:, None] - (noise - rows["x"])) ** 2)
   value, (terms, _) = common.total(
-      method, "student", {"student": {"w": 3.0}}, rows, common.context()
+    method, "student", {"student": {"w": 3.0}}, rows, common.context()
   )
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert float(terms["velocity"].count) == 8
@@ -63,8 +63,11 @@ def test_times_are_logit_normal():
 
   method = make({"student": apply}, time_mean=1.0, time_std=0.5)
   common.eager_total(
-      method, "student", {"student": {"w": 0.0}}, common.batch(4096),
-      common.context(),
+    method,
+    "student",
+    {"student": {"w": 0.0}},
+    common.batch(4096),
+    common.context(),
   )
   logit = np.log(seen[0] / (1 - seen[0]))
   assert abs(logit.mean() - 1.0) < 0.05 and abs(logit.std() - 0.5) < 0.03
@@ -79,7 +82,7 @@ def test_labels_are_dropped_at_the_stated_share():
 
   rows = common.batch(2000, label=3)
   run = lambda m: common.eager_total(
-      m, "student", {"student": {"w": 1.0}}, rows, common.context()
+    m, "student", {"student": {"w": 1.0}}, rows, common.context()
   )
   run(make({"student": apply}, label_drop=0.25, null_label=10))
   dropped = float(np.mean(np.asarray(seen[-1]) == 10))
@@ -94,20 +97,20 @@ def test_sample_follows_the_flow_and_guides():
   method = make({"student": scaled_exact(mixture)})
   noise = jax.random.normal(jax.random.key(1), (32, 2))
   out = method.sample(
-      {"ema": {"a": 1.0}}, {"noise": noise}, jax.random.key(0), steps=200
+    {"ema": {"a": 1.0}}, {"noise": noise}, jax.random.key(0), steps=200
   )
   exact = oracles.gaussian_flow_map(mixture, noise, 1.0, 0.0, path=common.PATH)
   np.testing.assert_allclose(out, exact, atol=0.02)
 
-  apply = lambda params, x, t, *, label: jnp.where(
-      label[:, None] == 9, 1.0, 3.0
-  ) * jnp.ones_like(x)
+  apply = lambda params, x, t, *, label: (
+    jnp.where(label[:, None] == 9, 1.0, 3.0) * jnp.ones_like(x)
+  )
   guided = make({"student": apply}, guidance=2.0, null_label=9)
   out = guided.sample(
-      {"ema": {}},
-      {"noise": noise, "label": jnp.zeros(32, jnp.int32)},
-      jax.random.key(0),
-      steps=1,
+    {"ema": {}},
+    {"noise": noise, "label": jnp.zeros(32, jnp.int32)},
+    jax.random.key(0),
+    steps=1,
   )
   # One Euler step of uncond + 2 (cond - uncond) = 1 + 2 * 2 = 5.
   np.testing.assert_allclose(out, noise - 5.0, atol=1e-5)
@@ -118,7 +121,7 @@ def test_structure():
   assert method.networks["ema"] == train.Ema(of="student", decay=0.5)
   assert method.schedule.entries() == [("student",)]
   assert methods.get("flow_matching").DEFAULTS["path"] == (
-      processes.RectifiedFlow()
+    processes.RectifiedFlow()
   )
 
 

@@ -24,7 +24,7 @@ def test_exact_map_has_no_loss():
   method = make({"student": student}, prediction="x0")
   rows = pairs(mixture)
   value = lambda m: common.total(
-      method, "student", {"student": {"m": m}}, rows, common.context()
+    method, "student", {"student": {"m": m}}, rows, common.context()
   )[0]
   m = jnp.array([1.0, -0.5])
   assert float(value(m)) < 1e-10
@@ -43,17 +43,16 @@ def test_prediction_kind_and_time_are_those_of_the_path():
   method = make({"student": student}, prediction="velocity")
   noise = jax.random.normal(jax.random.key(0), (4, 2))
   out = method.sample(
-      {"ema": {"w": 0.25}}, {"noise": noise}, jax.random.key(0), steps=3
+    {"ema": {"w": 0.25}}, {"noise": noise}, jax.random.key(0), steps=3
   )
   np.testing.assert_allclose(out, 0.75 * noise, rtol=1e-5)  # x - 1 * v
   np.testing.assert_array_equal(seen[0], 1.0)
   edm = make(
-      {"student": lambda p, x, t, **_: x}, prediction="x0",
-      path=processes.EDM(),
+    {"student": lambda p, x, t, **_: x},
+    prediction="x0",
+    path=processes.EDM(),
   )
-  out = edm.sample(
-      {"ema": {}}, {"noise": noise}, jax.random.key(0), steps=1
-  )
+  out = edm.sample({"ema": {}}, {"noise": noise}, jax.random.key(0), steps=1)
   np.testing.assert_allclose(out, 80.0 * noise, rtol=1e-5)
 
 

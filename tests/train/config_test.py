@@ -9,7 +9,7 @@ import pytest
 from distilljax.train import config as config_lib
 from tests import helpers
 
-TEXT = '''
+TEXT = """
 import ml_collections
 from distilljax.train import config as config_lib
 
@@ -21,7 +21,7 @@ def get_config(arg=None):
   config.where = None
   config.student = {"steps": arg.steps, "fast": arg.runlocal, "rate": arg.rate}
   return config
-'''
+"""
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_argument_and_overrides(path):
   config = config_lib.load(path)
   assert config.student.steps == 10 and not config.student.fast
   config = config_lib.load(
-      path + ":runlocal,steps=20,rate=1e-3",
-      ["student.rate=0.5", "times=(1,)", "where=/data", "student.fast=false"],
+    path + ":runlocal,steps=20,rate=1e-3",
+    ["student.rate=0.5", "times=(1,)", "where=/data", "student.fast=false"],
   )
   assert config.student.to_dict() == {"steps": 20, "fast": False, "rate": 0.5}
   assert config.times == (1,) and config.where == "/data"
@@ -45,18 +45,18 @@ def test_argument_and_overrides(path):
 
 
 @pytest.mark.parametrize(
-    "argument,overrides,match",
-    [
-        (":runlocl", [], "did you mean 'runlocal'"),
-        (":steps=many", [], "steps must be a int, got 'many'"),
-        (":runlocal=perhaps", [], "must be true or false"),
-        ("", ["student.stepz=3"], "did you mean 'student.steps'"),
-        ("", ["student=3"], "unknown key 'student'"),
-        ("", ["seed"], "must read key=value"),
-        ("", ["seed=one"], "seed must be a int"),
-        ("", ["times=soon"], "times must be a tuple"),
-        ("", ["student.fast=7"], "must be true or false"),
-    ],
+  "argument,overrides,match",
+  [
+    (":runlocl", [], "did you mean 'runlocal'"),
+    (":steps=many", [], "steps must be a int, got 'many'"),
+    (":runlocal=perhaps", [], "must be true or false"),
+    ("", ["student.stepz=3"], "did you mean 'student.steps'"),
+    ("", ["student=3"], "unknown key 'student'"),
+    ("", ["seed"], "must read key=value"),
+    ("", ["seed=one"], "seed must be a int"),
+    ("", ["times=soon"], "times must be a tuple"),
+    ("", ["student.fast=7"], "must be true or false"),
+  ],
 )
 def test_bad_arguments_are_one_line(path, argument, overrides, match):
   with helpers.one_line_error(match):

@@ -24,14 +24,19 @@ STEPS = 12
 
 def start(workdir, seconds=0.0, *extra):
   return subprocess.Popen(
-      [
-          sys.executable, "-m", "tests.train.toy_run", str(workdir), str(STEPS),
-          str(seconds), *map(str, extra),
-      ],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
+    [
+      sys.executable,
+      "-m",
+      "tests.train.toy_run",
+      str(workdir),
+      str(STEPS),
+      str(seconds),
+      *map(str, extra),
+    ],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
   )
 
 
@@ -81,12 +86,12 @@ def test_killed_run_ends_in_the_same_bits(uninterrupted, tmp_path):
   assert re.findall("sha .*", out) == expected, f"killed at step {step}"
   assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 8
   strip = lambda p: [
-      {k: v for k, v in json.loads(r).items() if k != "samples_per_second"}
-      for r in (p / "metrics.jsonl").read_text().splitlines()
+    {k: v for k, v in json.loads(r).items() if k != "samples_per_second"}
+    for r in (p / "metrics.jsonl").read_text().splitlines()
   ]
   ours, theirs = strip(tmp_path), strip(folder)
   assert [(r["stage"], r["step"]) for r in ours] == [
-      (r["stage"], r["step"]) for r in theirs
+    (r["stage"], r["step"]) for r in theirs
   ]
   # The line in whose window the run was killed averages fewer steps.
   assert sum(a != b for a, b in zip(ours, theirs)) <= 1
@@ -124,11 +129,11 @@ def run(folder, **kwargs):
   pathlib.Path(folder).mkdir(exist_ok=True)
   logged = []
   arguments = {
-      "log_every": 4,
-      "checkpoint_every": 4,
-      "log": logged.append,
-      "mesh": train.make_mesh(jax.devices()[:1]),
-      **kwargs,
+    "log_every": 4,
+    "checkpoint_every": 4,
+    "log": logged.append,
+    "mesh": train.make_mesh(jax.devices()[:1]),
+    **kwargs,
   }
   stages = arguments.pop("stages", [toy.stage(STEPS)])
   return train.run(stages, folder, **arguments), logged
@@ -163,9 +168,9 @@ def test_more_devices_resume_the_same_run(tmp_path):
   wide, _ = run(tmp_path, mesh=train.make_mesh(jax.devices()[:4]))
   whole, _ = run(tmp_path / "whole")
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
-      jax.device_get(wide.params["toy"]),
-      jax.device_get(whole.params["toy"]),
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+    jax.device_get(wide.params["toy"]),
+    jax.device_get(whole.params["toy"]),
   )
 
 
@@ -173,8 +178,8 @@ def test_nan_batches_are_skipped_counted_and_stop_the_run(tmp_path):
   result, _ = run(tmp_path / "few", stages=[toy.stage(STEPS, poison=(2, 5))])
   assert result.skipped == {"toy/student": 1, "toy/critic": 2}
   rows = [
-      json.loads(r)
-      for r in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()
+    json.loads(r)
+    for r in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()
   ]
   assert rows[0]["critic/skipped"] == 0.25 and rows[0]["critic/fit"] > 0
 
@@ -184,15 +189,15 @@ def test_nan_batches_are_skipped_counted_and_stop_the_run(tmp_path):
   good, _ = run(tmp_path / "good", stages=[toy.stage(4)])
   saved = train.Checkpoints(tmp_path / "many" / "checkpoints" / "toy")
   step = train.make_step(
-      bad.method, bad.optimizers, train.make_mesh(jax.devices()[:1])
+    bad.method, bad.optimizers, train.make_mesh(jax.devices()[:1])
   )
   state = step.init(toy.init(jax.random.key(0), {}), jax.random.key(0))
   state, _ = saved.restore(state)
   assert int(state.step) == 8  # data and step went on, parameters did not
   jax.tree.map(
-      np.testing.assert_array_equal,
-      jax.device_get(state.params["critic"]),
-      jax.device_get(good.params["toy"]["critic"]),
+    np.testing.assert_array_equal,
+    jax.device_get(state.params["critic"]),
+    jax.device_get(good.params["toy"]["critic"]),
   )
 
 
@@ -214,16 +219,19 @@ def test_hooks_progress_and_results(tmp_path):
   text = io.StringIO()
   every = []
   result, _ = run(
-      tmp_path,
-      hooks=[
-          Note(),
-          train.Progress(text, line_every=0.0),
-          train.Every(5, lambda m: every.append(m.step)),
-      ],
+    tmp_path,
+    hooks=[
+      Note(),
+      train.Progress(text, line_every=0.0),
+      train.Every(5, lambda m: every.append(m.step)),
+    ],
   )
   assert seen == [
-      ("start", 0), ("log", 4, True), ("log", 8, True), ("log", 12, True),
-      ("end", 12),
+    ("start", 0),
+    ("log", 4, True),
+    ("log", 8, True),
+    ("log", 12, True),
+    ("end", 12),
   ]
   assert every == [5, 10]
   lines = text.getvalue().splitlines()
@@ -244,13 +252,13 @@ def test_finished_stage_feeds_the_next_and_is_not_trained_again(tmp_path):
   stages = [toy.stage(4, "first"), toy.stage(4, "second")._replace(init=init)]
   result, _ = run(tmp_path, stages=stages)
   np.testing.assert_array_equal(
-      result.params["second"]["teacher"]["w"], result.params["first"]["ema"]["w"]
+    result.params["second"]["teacher"]["w"], result.params["first"]["ema"]["w"]
   )
   before = (tmp_path / "metrics.jsonl").read_text()
   again, _ = run(tmp_path, stages=stages)
   assert (tmp_path / "metrics.jsonl").read_text() == before
   assert train.params_sha256(again.params["second"]) == train.params_sha256(
-      result.params["second"]
+    result.params["second"]
   )
 
 
@@ -267,6 +275,6 @@ def test_sha_is_of_sorted_arrays():
 
   params = {"b": np.arange(3.0, dtype=np.float32), "a": {"c": np.int32(7)}}
   expected = hashlib.sha256(
-      np.int32(7).tobytes() + np.arange(3.0, dtype=np.float32).tobytes()
+    np.int32(7).tobytes() + np.arange(3.0, dtype=np.float32).tobytes()
   ).hexdigest()
   assert train.params_sha256(params) == expected

@@ -9,11 +9,17 @@ from distilljax import train
 
 def test_schedule_plays_first_then_cycles():
   schedule = train.Schedule(
-      cycle=(("a", "b"), ("b",)), first=((("b",), 2), (("a",), 1))
+    cycle=(("a", "b"), ("b",)), first=((("b",), 2), (("a",), 1))
   )
   played = [schedule.updates(i) for i in range(7)]
   assert played == [
-      ("b",), ("b",), ("a",), ("a", "b"), ("b",), ("a", "b"), ("b",)
+    ("b",),
+    ("b",),
+    ("a",),
+    ("a", "b"),
+    ("b",),
+    ("a", "b"),
+    ("b",),
   ]
   assert schedule.entries() == [("b",), ("a",), ("a", "b")]
 
@@ -29,7 +35,7 @@ def test_named_keys_depend_on_the_name_only():
   assert folded.shape == (4,)
   for i in range(4):
     np.testing.assert_array_equal(
-        words(folded[i]), words(train.named_key(rows[i], "a"))
+      words(folded[i]), words(train.named_key(rows[i], "a"))
     )
   assert len({tuple(w) for w in words(folded)}) == 4
 
@@ -42,7 +48,7 @@ def test_row_draws_do_not_depend_on_the_batch():
   other = train.draw(jax.random.normal, keys, "other", (3,))
   assert not np.array_equal(whole, other)
   fewer = train.draw(
-      jax.random.normal, train.row_keys(jax.random.key(1), 4), "noise", (3,)
+    jax.random.normal, train.row_keys(jax.random.key(1), 4), "noise", (3,)
   )
   np.testing.assert_array_equal(whole[:4], fewer)
 

@@ -24,11 +24,13 @@ def test_mean_and_weight():
 def test_totals_divide_sums_by_counts_and_names_may_come_and_go():
   totals = train.Totals()
   totals.add({"a": train.Mean(jnp.float32(10), jnp.float32(1))})
-  totals.add({
+  totals.add(
+    {
       "a": train.Mean(jnp.float32(2), jnp.float32(3)),
       "b": train.Mean(jnp.float32(5), jnp.float32(2)),
       "none": train.Mean(jnp.float32(0), jnp.float32(0)),
-  })
+    }
+  )
   assert totals.flush() == {"a": 3.0, "b": 2.5}  # not (10 + 2/3) / 2
   assert totals.flush() == {}
 
@@ -44,7 +46,10 @@ def test_json_lines_rewind(tmp_path):
   lines.rewind("b", 2, ["a"])
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [(r["stage"], r["step"]) for r in rows] == [
-      ("a", 1), ("a", 2), ("b", 1), ("b", 2)
+    ("a", 1),
+    ("a", 2),
+    ("b", 1),
+    ("b", 2),
   ]
   assert rows[0]["x"] == 1.0 and rows[0]["bad"] is None
   lines.rewind("a", 1, [])
@@ -64,7 +69,9 @@ def test_make_schedule_and_optimizer():
   # a clip does not show there; its second moment does.
   tx = train.make_optimizer(learning_rate=0.1, steps=10, clip_norm=1.0)
   params = {"w": jnp.zeros(2)}
-  change, state = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+  change, state = tx.update(
+    {"w": jnp.array([3.0, 4.0])}, tx.init(params), params
+  )
   np.testing.assert_allclose(change["w"], [-0.1, -0.1], rtol=1e-4)
   import optax
 

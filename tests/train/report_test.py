@@ -20,32 +20,32 @@ _METRICS = ("fcd", "mmd", "precision")
 
 def _rows(model, steps, values, n=2000):
   return [
-      {"model": model, "steps": steps, "metric": m, "value": v, "n": n}
-      for m, v in zip(_METRICS, values)
+    {"model": model, "steps": steps, "metric": m, "value": v, "n": n}
+    for m, v in zip(_METRICS, values)
   ]
 
 
 SUMMARY = {
-    "scores": [
-        *_rows("teacher", 20, [4.13, 0.00093, 0.861]),
-        *_rows("teacher", 1, [33.1, 0.0142, 0.981]),
-        *_rows("student", 1, [5.28, -0.00121, 0.872]),
-    ],
-    "floors": [
-        *_rows("floor: test vs train", None, [0.455, 1e-5, 0.863], n=397),
-        *_rows("floor: <noise>", None, [125.5, 0.1175, 0.228]),
-    ],
-    "seconds": {"teacher": 92.4, "dmd2": 104.94},
-    "cpu_seconds": {"teacher": 118.0, "dmd2": 141.3},
-    "compile_seconds": {"teacher": 6.5},
-    "params_sha256": "9f86d081" * 8,
-    "versions": {"jax": "0.10.2"},
-    "seed": 17,
-    "skipped": {"dmd2/student": 0, "dmd2/critic": 2},
-    "hints": ["the gradient of the critic is <large>"],
-    "config": {"data": {"name": "digits", "batch_size": 64}, "lr": 2e-4},
-    "classifier_accuracy": 0.878,
-    "parameters": {"dmd2/student": 1234567},
+  "scores": [
+    *_rows("teacher", 20, [4.13, 0.00093, 0.861]),
+    *_rows("teacher", 1, [33.1, 0.0142, 0.981]),
+    *_rows("student", 1, [5.28, -0.00121, 0.872]),
+  ],
+  "floors": [
+    *_rows("floor: test vs train", None, [0.455, 1e-5, 0.863], n=397),
+    *_rows("floor: <noise>", None, [125.5, 0.1175, 0.228]),
+  ],
+  "seconds": {"teacher": 92.4, "dmd2": 104.94},
+  "cpu_seconds": {"teacher": 118.0, "dmd2": 141.3},
+  "compile_seconds": {"teacher": 6.5},
+  "params_sha256": "9f86d081" * 8,
+  "versions": {"jax": "0.10.2"},
+  "seed": 17,
+  "skipped": {"dmd2/student": 0, "dmd2/critic": 2},
+  "hints": ["the gradient of the critic is <large>"],
+  "config": {"data": {"name": "digits", "batch_size": 64}, "lr": 2e-4},
+  "classifier_accuracy": 0.878,
+  "parameters": {"dmd2/student": 1234567},
 }
 
 
@@ -103,25 +103,24 @@ def written(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run") / "new"
   workdir.mkdir()
   (workdir / "metrics.jsonl").write_text(
-      "".join(
-          json.dumps({"stage": "dmd2", "step": i, "student/loss": 1.0 / i})
-          + "\n"
-          for i in range(1, 9)
-      )
+    "".join(
+      json.dumps({"stage": "dmd2", "step": i, "student/loss": 1.0 / i}) + "\n"
+      for i in range(1, 9)
+    )
   )
   images = np.linspace(-1, 1, 3 * 2 * 2).reshape(3, 2, 2, 1)
   figures = [
-      report.image_grid([("real", images), ("<model>", -images)], list("abc")),
-      report.scatter_grid([("data", np.eye(2)), ("model", -np.eye(2))]),
-      *report.curves(workdir / "metrics.jsonl"),
+    report.image_grid([("real", images), ("<model>", -images)], list("abc")),
+    report.scatter_grid([("data", np.eye(2)), ("model", -np.eye(2))]),
+    *report.curves(workdir / "metrics.jsonl"),
   ]
   path = report.write_report(
-      workdir,
-      title="A & B",
-      lead="It was <trained>.",
-      summary=SUMMARY,
-      figures=figures,
-      command="python -m experiments.train --config='x.py'",
+    workdir,
+    title="A & B",
+    lead="It was <trained>.",
+    summary=SUMMARY,
+    figures=figures,
+    command="python -m experiments.train --config='x.py'",
   )
   page = path.read_text()
   return path, page, _Reader(page)
@@ -165,13 +164,13 @@ class TestPage:
     links = [a for a in reader.all("a") if "download" in a]
     names = [a["download"] for a in links]
     assert names == [
-        "samples_by_class.csv",
-        "samples_in_the_plane.csv",
-        "fcd_at_a_glance.csv",
-        "scores.csv",
-        "training_dmd2.csv",
-        "timing.csv",
-        "config.csv",
+      "samples_by_class.csv",
+      "samples_in_the_plane.csv",
+      "fcd_at_a_glance.csv",
+      "scores.csv",
+      "training_dmd2.csv",
+      "timing.csv",
+      "config.csv",
     ]
     for link in links:
       beside = (path.parent / "report" / link["download"]).read_bytes()
@@ -185,12 +184,12 @@ class TestPage:
     _, page, reader = written
     table = reader.tables[0]
     assert _text(table) == [
-        ["model", "n", "FCD ↓", "MMD² ↓", "precision ↑"],
-        ["teacher, 20 steps", "2,000", "4.13", "0.000930", "0.861"],
-        ["teacher, 1 step", "2,000", "33.10", "0.014200", "0.981"],
-        ["student, 1 step", "2,000", "5.28", "−0.001210", "0.872"],
-        ["floor: test vs train", "397", "0.46", "0.000010", "0.863"],
-        ["floor: <noise>", "2,000", "125.50", "0.117500", "0.228"],
+      ["model", "n", "FCD ↓", "MMD² ↓", "precision ↑"],
+      ["teacher, 20 steps", "2,000", "4.13", "0.000930", "0.861"],
+      ["teacher, 1 step", "2,000", "33.10", "0.014200", "0.981"],
+      ["student, 1 step", "2,000", "5.28", "−0.001210", "0.872"],
+      ["floor: test vs train", "397", "0.46", "0.000010", "0.863"],
+      ["floor: <noise>", "2,000", "125.50", "0.117500", "0.228"],
     ]
     best = [cell[1] for row in table for cell in row if cell[0] == "best"]
     # Per column, among the models only: floors are never the best.
@@ -203,59 +202,64 @@ class TestPage:
       rows = list(csv.DictReader(file))
     assert len(rows) == 15
     assert rows[1] == {
-        "model": "teacher", "steps": "20", "metric": "mmd",
-        "value": "0.00093", "n": "2000",
+      "model": "teacher",
+      "steps": "20",
+      "metric": "mmd",
+      "value": "0.00093",
+      "n": "2000",
     }
     assert rows[9]["steps"] == ""
 
   def test_headline_numbers(self, written):
     _, page, _ = written
     tiles = re.findall(
-        r'<div class="(tile[^"]*)"><b>(.*?)</b><span>(.*?)</span>', page
+      r'<div class="(tile[^"]*)"><b>(.*?)</b><span>(.*?)</span>', page
     )
     assert tiles == [
-        ("tile", "4.13", "FCD: teacher, 20 steps"),
-        ("tile", "33.1", "FCD: teacher, 1 step"),
-        ("tile main", "5.28", "FCD: student, 1 step"),
-        ("tile", "0.455", "FCD: floor (test vs train)"),
-        ("tile", "3 min 17 s", "wall time in all"),
+      ("tile", "4.13", "FCD: teacher, 20 steps"),
+      ("tile", "33.1", "FCD: teacher, 1 step"),
+      ("tile main", "5.28", "FCD: student, 1 step"),
+      ("tile", "0.455", "FCD: floor (test vs train)"),
+      ("tile", "3 min 17 s", "wall time in all"),
     ]
 
   def test_times(self, written):
     _, _, reader = written
     assert _text(reader.tables[1]) == [
-        ["stage", "wall time", "CPU time", "of it compiling"],
-        ["teacher", "92.4 s", "118.0 s", "6.5 s"],
-        ["dmd2", "104.9 s", "141.3 s", "–"],
-        ["total", "197.3 s", "259.3 s", "6.5 s"],
+      ["stage", "wall time", "CPU time", "of it compiling"],
+      ["teacher", "92.4 s", "118.0 s", "6.5 s"],
+      ["dmd2", "104.9 s", "141.3 s", "–"],
+      ["total", "197.3 s", "259.3 s", "6.5 s"],
     ]
 
   def test_csv_of_times(self, written):
     path, _, _ = written
     assert (path.parent / "report" / "timing.csv").read_text() == (
-        "stage,seconds,cpu_seconds,compile_seconds\n"
-        "teacher,92.4,118,6.5\n"
-        "dmd2,104.94,141.3,\n"
+      "stage,seconds,cpu_seconds,compile_seconds\n"
+      "teacher,92.4,118,6.5\n"
+      "dmd2,104.94,141.3,\n"
     )
 
   def test_guard_and_how_to_reproduce(self, written):
     _, page, reader = written
     assert _text(reader.tables[2]) == [
-        ["stage / network", "skipped steps"],
-        ["dmd2/student", "0"],
-        ["dmd2/critic", "2"],
+      ["stage / network", "skipped steps"],
+      ["dmd2/student", "0"],
+      ["dmd2/critic", "2"],
     ]
     assert "the gradient of the critic is &lt;large&gt;" in page
     facts = dict(_text(reader.tables[3])[1:])
     assert facts == {
-        "seed": "17",
-        "SHA-256 of the final student's parameters": "9f86d081" * 8,
-        "parameters of dmd2/student": "1,234,567",
-        "jax": "0.10.2",
+      "seed": "17",
+      "SHA-256 of the final student's parameters": "9f86d081" * 8,
+      "parameters of dmd2/student": "1,234,567",
+      "jax": "0.10.2",
     }
     config = dict(_text(reader.tables[4])[1:])
     assert config == {
-        "data.name": "digits", "data.batch_size": "64", "lr": "0.0002"
+      "data.name": "digits",
+      "data.batch_size": "64",
+      "lr": "0.0002",
     }
     # Collapsed: a details element that is not open.
     assert reader.all("details") == [{}]
@@ -271,7 +275,11 @@ class TestPage:
 class TestWriteReport:
   def _write(self, workdir, **fields):
     words = {
-        "title": "t", "lead": "l", "summary": {}, "figures": [], "command": "c"
+      "title": "t",
+      "lead": "l",
+      "summary": {},
+      "figures": [],
+      "command": "c",
     }
     return report.write_report(workdir, **{**words, **fields})
 
@@ -294,10 +302,10 @@ class TestWriteReport:
 
   def test_a_score_that_is_not_finite_is_shown_and_never_best(self, tmp_path):
     summary = {
-        "scores": [
-            *_rows("student", 1, [float("nan"), float("inf"), 0.5]),
-            *_rows("student", 2, [7.0, 3.0, 0.25]),
-        ],
+      "scores": [
+        *_rows("student", 1, [float("nan"), float("inf"), 0.5]),
+        *_rows("student", 2, [7.0, 3.0, 0.25]),
+      ],
     }
     reader = _Reader(self._write(tmp_path, summary=summary).read_text())
     (_, first, second) = reader.tables[0]
@@ -308,15 +316,15 @@ class TestWriteReport:
   def test_scores_of_the_plane(self, tmp_path):
     names = ("sliced_wasserstein", "modes", "unheard_of")
     rows = lambda model, values: [
-        {"model": model, "steps": 1, "metric": m, "value": v, "n": 10}
-        for m, v in zip(names, values)
+      {"model": model, "steps": 1, "metric": m, "value": v, "n": 10}
+      for m, v in zip(names, values)
     ]
     summary = {"scores": rows("a", [0.06, 8.0, 1e-9]) + rows("b", [1, 7, 2])}
     reader = _Reader(self._write(tmp_path, summary=summary).read_text())
     assert _text(reader.tables[0]) == [
-        ["model", "n", "SW₂ ↓", "modes ↑", "unheard_of"],
-        ["a, 1 step", "10", "0.0600", "8", "1.00·10−9"],
-        ["b, 1 step", "10", "1.0000", "7", "2.00"],
+      ["model", "n", "SW₂ ↓", "modes ↑", "unheard_of"],
+      ["a, 1 step", "10", "0.0600", "8", "1.00·10−9"],
+      ["b, 1 step", "10", "1.0000", "7", "2.00"],
     ]
     best = [c[1] for row in reader.tables[0] for c in row if c[0] == "best"]
     assert best == ["0.0600", "8"]
@@ -346,7 +354,7 @@ class TestWriteReport:
   def test_all_or_nothing(self, tmp_path, monkeypatch):
     path = self._write(tmp_path, title="old")
     monkeypatch.setattr(
-        os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+      os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
       self._write(tmp_path, title="new")
@@ -372,13 +380,13 @@ class TestImageGrid:
     images = np.array([[-1.0, 1.0], [0.2, 7.0]]).reshape(2, 1, 2, 1)
     figure = report.image_grid([("m", images)], ["a", "b"])
     assert dict(figure.data) == {
-        "row": ["m", "m"],
-        "column": ["a", "b"],
-        "height": [1, 1],
-        "width": [2, 2],
-        "channels": [1, 1],
-        # (x + 1) / 2 * 255, clipped.
-        "pixels": ["0 255", "153 255"],
+      "row": ["m", "m"],
+      "column": ["a", "b"],
+      "height": [1, 1],
+      "width": [2, 2],
+      "channels": [1, 1],
+      # (x + 1) / 2 * 255, clipped.
+      "pixels": ["0 255", "153 255"],
     }
     assert not figure.vector
 
@@ -386,7 +394,7 @@ class TestImageGrid:
     images = np.array([-1.0, 1.0, 0.0, np.nan, 9.0]).reshape(1, 1, 5, 1)
     shown = report_figures._pixels(images)[0, 0]
     np.testing.assert_allclose(
-        shown, [[0] * 3, [1] * 3, [0.5] * 3, [1, 0, 1], [1] * 3]
+      shown, [[0] * 3, [1] * 3, [0.5] * 3, [1, 0, 1], [1] * 3]
     )
 
   def test_where_everything_is(self):
@@ -458,23 +466,24 @@ class TestCurves:
   def _write(self, tmp_path, *lines):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+      "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
     )
     return path
 
   def test_read_metrics(self, tmp_path):
     path = self._write(
-        tmp_path,
-        {"stage": "a", "step": 20, "loss": 2.0, "note": "x", "seconds": 3.0},
-        {"stage": "a", "step": 10, "loss": 1.0, "kl": None},
-        {"stage": "b", "step": 10, "loss": 5.0, "done": True},
-        "",
-        {"stage": "a", "step": 20, "loss": 4.0},
-        '{"stage": "b", "st',
+      tmp_path,
+      {"stage": "a", "step": 20, "loss": 2.0, "note": "x", "seconds": 3.0},
+      {"stage": "a", "step": 10, "loss": 1.0, "kl": None},
+      {"stage": "b", "step": 10, "loss": 5.0, "done": True},
+      "",
+      {"stage": "a", "step": 20, "loss": 4.0},
+      '{"stage": "b", "st',
     )
     series = report.read_metrics(path)
     assert {s: list(n) for s, n in series.items()} == {
-        "a": ["loss", "kl"], "b": ["loss"]
+      "a": ["loss", "kl"],
+      "b": ["loss"],
     }
     # Sorted, and the later line of a step counts.
     np.testing.assert_array_equal(series["a"]["loss"], [[10, 20], [1.0, 4.0]])
@@ -491,22 +500,22 @@ class TestCurves:
     values = np.array([1.0, 5.0, np.nan, 3.0, 8.0, 2.0])
     # Windows of 3, cut evenly at the ends, NaN left out.
     np.testing.assert_allclose(
-        report_figures.smooth(values, width=3),
-        [1.0, 3.0, 4.0, 5.5, 13.0 / 3.0, 2.0],
+      report_figures.smooth(values, width=3),
+      [1.0, 3.0, 4.0, 5.5, 13.0 / 3.0, 2.0],
     )
     np.testing.assert_allclose(
-        report_figures.smooth(values, width=5),
-        [1.0, 3.0, 17.0 / 4.0, 4.5, 13.0 / 3.0, 2.0],
+      report_figures.smooth(values, width=5),
+      [1.0, 3.0, 17.0 / 4.0, 4.5, 13.0 / 3.0, 2.0],
     )
     line = np.arange(30.0)
     np.testing.assert_allclose(report_figures.smooth(line, width=7), line)
     # One huge value does not reach beyond its window.
     huge = np.where(np.arange(30) == 5, 1e30, 0.1)
     np.testing.assert_allclose(
-        report_figures.smooth(huge, width=3)[8:], 0.1, rtol=1e-12
+      report_figures.smooth(huge, width=3)[8:], 0.1, rtol=1e-12
     )
     np.testing.assert_array_equal(
-        report_figures.smooth(np.full(3, np.nan), width=3), np.full(3, np.nan)
+      report_figures.smooth(np.full(3, np.nan), width=3), np.full(3, np.nan)
     )
     assert report_figures.smooth([], width=3).shape == (0,)
 
@@ -514,15 +523,19 @@ class TestCurves:
     import matplotlib.figure
 
     path = self._write(
-        tmp_path,
-        *(
-            {
-                "stage": "s", "step": i, "samples_per_second": 10.0 + i,
-                "critic/loss": i - 3.0, "student/grad_norm": 1.0,
-                "student/loss": 10.0**-i, "student/learning_rate": 10.0**-i,
-            }
-            for i in range(1, 6)
-        ),
+      tmp_path,
+      *(
+        {
+          "stage": "s",
+          "step": i,
+          "samples_per_second": 10.0 + i,
+          "critic/loss": i - 3.0,
+          "student/grad_norm": 1.0,
+          "student/loss": 10.0**-i,
+          "student/learning_rate": 10.0**-i,
+        }
+        for i in range(1, 6)
+      ),
     )
     (figure,) = report.curves(path)
     assert figure.title == "Training: s"
@@ -532,16 +545,20 @@ class TestCurves:
     # Losses first, the student's before the others', then the means, then
     # speed.
     assert [a.get_title(loc="left") for a in shown] == [
-        "student/loss",
-        "critic/loss",
-        "student/grad_norm",
-        "student/learning_rate",
-        "samples_per_second",
+      "student/loss",
+      "critic/loss",
+      "student/grad_norm",
+      "student/learning_rate",
+      "samples_per_second",
     ]
     # Logarithmic: positive and over more than a factor of 30; never a rate.
     assert [a.get_yscale() for a in shown] == ["log"] + 4 * ["linear"]
     assert [a.get_ylabel() for a in shown] == [
-        "loss", "loss", "L2 norm", "per step", "samples / s"
+      "loss",
+      "loss",
+      "L2 norm",
+      "per step",
+      "samples / s",
     ]
     assert {a.get_xlabel() for a in shown} == {"step"}
     # What does not vary is not magnified.
@@ -557,8 +574,8 @@ class TestCurves:
 
   def test_many_metrics_are_split(self, tmp_path):
     path = self._write(
-        tmp_path,
-        {"stage": "s", "step": 1, **{f"m{i:02d}": 1.0 for i in range(26)}},
+      tmp_path,
+      {"stage": "s", "step": 1, **{f"m{i:02d}": 1.0 for i in range(26)}},
     )
     first, second = report.curves(path)
     assert second.title == "Training: s, part 2"
@@ -576,7 +593,7 @@ class TestScoreChart:
 
   def test_models_and_floors(self):
     figure = report.score_chart(
-        SUMMARY["scores"], SUMMARY["floors"], metric="fcd", label="FCD"
+      SUMMARY["scores"], SUMMARY["floors"], metric="fcd", label="FCD"
     )
     axes = self._draw(figure)
     assert axes.get_xscale() == "log"
@@ -587,19 +604,26 @@ class TestScoreChart:
     assert list(axes.get_yticks()) == [2, 1, 0]
     texts = [t.get_text() for t in axes.texts]
     assert texts == [
-        "4.13", "33.1", "5.28", "test vs train\n0.455", "<noise>\n126"
+      "4.13",
+      "33.1",
+      "5.28",
+      "test vs train\n0.455",
+      "<noise>\n126",
     ]
     low, high = axes.get_xlim()
     assert low < 0.455 and high > 125.5
     buffer = io.StringIO(report._csv(figure.data).decode())
     assert list(csv.DictReader(buffer))[3] == {
-        "model": "floor: test vs train", "steps": "", "kind": "floor",
-        "value": "0.455", "n": "397",
+      "model": "floor: test vs train",
+      "steps": "",
+      "kind": "floor",
+      "value": "0.455",
+      "n": "397",
     }
 
   def test_linear_and_higher(self):
     figure = report.score_chart(
-        SUMMARY["scores"], [], metric="precision", higher_is_better=True
+      SUMMARY["scores"], [], metric="precision", higher_is_better=True
     )
     axes = self._draw(figure)
     assert axes.get_xlabel() == "precision (higher is better)"
@@ -612,23 +636,32 @@ class TestScoreChart:
 
 
 @pytest.mark.parametrize(
-    "value, shown",
-    [
-        (None, "–"), (0.0, "0"), (-2.0, "−2.00"), (12345.6, "12,346"),
-        (0.00123, "0.00123"), (1.5e-7, "1.50·10<sup>−7</sup>"),
-        (2e9, "2.00·10<sup>9</sup>"), (float("-inf"), "-∞"),
-    ],
+  "value, shown",
+  [
+    (None, "–"),
+    (0.0, "0"),
+    (-2.0, "−2.00"),
+    (12345.6, "12,346"),
+    (0.00123, "0.00123"),
+    (1.5e-7, "1.50·10<sup>−7</sup>"),
+    (2e9, "2.00·10<sup>9</sup>"),
+    (float("-inf"), "-∞"),
+  ],
 )
 def test_number(value, shown):
   assert report._number(value) == shown
 
 
 @pytest.mark.parametrize(
-    "value, shown",
-    [
-        (None, "–"), (0.04, "0.0 s"), (119.94, "119.9 s"),
-        (120.0, "2 min 0 s"), (3725.0, "1 h 2 min"), (float("nan"), "NaN"),
-    ],
+  "value, shown",
+  [
+    (None, "–"),
+    (0.04, "0.0 s"),
+    (119.94, "119.9 s"),
+    (120.0, "2 min 0 s"),
+    (3725.0, "1 h 2 min"),
+    (float("nan"), "NaN"),
+  ],
 )
 def test_seconds(value, shown):
   assert report._seconds(value) == shown

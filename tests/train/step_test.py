@@ -22,12 +22,12 @@ def mesh(devices=1):
 @functools.cache
 def made(devices=1, accumulation=1, unroll=True, dtype=None):
   return train.make_step(
-      toy.method(),
-      toy.optimizers(),
-      mesh(devices),
-      accumulation=accumulation,
-      unroll=unroll,
-      compute_dtype=dtype,
+    toy.method(),
+    toy.optimizers(),
+    mesh(devices),
+    accumulation=accumulation,
+    unroll=unroll,
+    compute_dtype=dtype,
   )
 
 
@@ -39,7 +39,7 @@ def run(step, steps=3, rows=16, batch=toy.batch):
   for i in range(steps):
     updates = step.method.schedule.updates(i)
     state, metrics = step(
-        updates, state, frozen, train.put_rows(batch(i, rows), step.mesh)
+      updates, state, frozen, train.put_rows(batch(i, rows), step.mesh)
     )
     out.append(jax.device_get(metrics))
   return state, out
@@ -68,7 +68,7 @@ def by_hand(steps=3, rows=16):
       loss = {"student": toy.loss_student, "critic": toy.loss_critic}[name]
       grads = jax.grad(total)(params[name], name, loss)
       change, states[name] = optimizers[name].update(
-          grads, states[name], params[name]
+        grads, states[name], params[name]
       )
       new[name] = optax.apply_updates(params[name], change)
     if "student" in names:
@@ -79,9 +79,9 @@ def by_hand(steps=3, rows=16):
 
 def assert_close(ours, theirs, atol=1e-6):
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol),
-      jax.device_get(dict(ours)),
-      jax.device_get({k: theirs[k] for k in ours}),
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol),
+    jax.device_get(dict(ours)),
+    jax.device_get({k: theirs[k] for k in ours}),
   )
 
 
@@ -92,8 +92,8 @@ def test_step_is_the_step_by_hand():
 
 
 @pytest.mark.parametrize(
-    "devices,accumulation,unroll",
-    [(4, 1, True), (8, 2, True), (1, 4, True), (1, 4, False)],
+  "devices,accumulation,unroll",
+  [(4, 1, True), (8, 2, True), (1, 4, True), (1, 4, False)],
 )
 def test_devices_and_accumulation_change_nothing(devices, accumulation, unroll):
   state, metrics = run(made())
@@ -103,15 +103,15 @@ def test_devices_and_accumulation_change_nothing(devices, accumulation, unroll):
     assert ours.keys() == them.keys()
     for name in ours:
       np.testing.assert_allclose(
-          ours[name].sum / ours[name].count,
-          them[name].sum / them[name].count,
-          rtol=2e-5,
-          atol=1e-6,
+        ours[name].sum / ours[name].count,
+        them[name].sum / them[name].count,
+        rtol=2e-5,
+        atol=1e-6,
       )
 
 
 def test_ragged_masks_are_means_over_the_global_count():
-  """All of a micro-batch masked away: a mean of means would give NaN or half."""
+  """A micro-batch masked away: a mean of means would give NaN or half."""
 
   def batch(seed, rows):
     out = toy.batch(seed, rows)
@@ -140,10 +140,10 @@ def test_frozen_and_aliased_parameters_survive_donation():
   frozen = {"teacher": params["teacher"]}
   for i in range(2):
     state, _ = step(
-        step.method.schedule.updates(i),
-        state,
-        frozen,
-        train.put_rows(toy.batch(i), step.mesh),
+      step.method.schedule.updates(i),
+      state,
+      frozen,
+      train.put_rows(toy.batch(i), step.mesh),
     )
   assert np.isfinite(jax.device_get(params["teacher"]["w"])).all()
   assert np.isfinite(jax.device_get(params["student"]["w"])).all()
@@ -158,7 +158,7 @@ def test_non_finite_gradient_leaves_network_optimizer_and_ema():
   bad["x"][0] = np.nan
   before = jax.device_get(state._replace(key=None))
   state, metrics = step(
-      ("student", "critic"), state, frozen, train.put_rows(bad, step.mesh)
+    ("student", "critic"), state, frozen, train.put_rows(bad, step.mesh)
   )
   after = jax.device_get(state._replace(key=None))
   jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
@@ -170,10 +170,10 @@ def test_non_finite_gradient_leaves_network_optimizer_and_ema():
   assert metrics["critic/fit"].count == 0  # not in the averages, and not NaN
   assert metrics["critic/fit"].sum == 0
   state, metrics = step(
-      ("student", "critic"),
-      state,
-      frozen,
-      train.put_rows(toy.batch(1), step.mesh),
+    ("student", "critic"),
+    state,
+    frozen,
+    train.put_rows(toy.batch(1), step.mesh),
   )
   np.testing.assert_array_equal(state.skipped["student"], [1, 0])
   assert float(metrics["student/skipped"].sum) == 0
@@ -195,7 +195,10 @@ def test_prepare_carry_and_ema_hard_copy():
   def prepare(params, batch, context):
     del params
     total = context.carry + jnp.sum(batch["x"])
-    return {**batch, "total": jnp.broadcast_to(total, batch["x"].shape[:1])}, total
+    return {
+      **batch,
+      "total": jnp.broadcast_to(total, batch["x"].shape[:1]),
+    }, total
 
   def loss(params, batch, context):
     seen = jnp.sum(params["student"]["w"]) * context.carry
@@ -203,19 +206,19 @@ def test_prepare_carry_and_ema_hard_copy():
     return {"x": train.mean(rows)}, {"total": train.mean(batch["total"])}
 
   method = toy.method(
-      networks={
-          "student": train.Trained(),
-          "copy": train.Ema(
-              of="student", decay=lambda s: jnp.where(s % 2 == 1, 0.0, 1.0)
-          ),
-      },
-      losses={"student": loss},
-      schedule=train.Schedule(cycle=(("student",),)),
-      prepare=prepare,
-      carry=lambda: jnp.float32(10),
+    networks={
+      "student": train.Trained(),
+      "copy": train.Ema(
+        of="student", decay=lambda s: jnp.where(s % 2 == 1, 0.0, 1.0)
+      ),
+    },
+    losses={"student": loss},
+    schedule=train.Schedule(cycle=(("student",),)),
+    prepare=prepare,
+    carry=lambda: jnp.float32(10),
   )
   step = train.make_step(
-      method, {"student": optax.sgd(0.1)}, mesh(), accumulation=2
+    method, {"student": optax.sgd(0.1)}, mesh(), accumulation=2
   )
   state = step.init({"student": {"w": jnp.ones(2)}}, jax.random.key(0))
   x = [np.full((4, 1), 0.5, np.float32), np.full((4, 1), 1.0, np.float32)]
@@ -228,7 +231,7 @@ def test_prepare_carry_and_ema_hard_copy():
   state, _ = step(("student",), state, {}, {"x": jnp.asarray(x[1])})
   assert float(state.carry) == 16
   np.testing.assert_array_equal(
-      state.params["copy"]["w"], state.params["student"]["w"]
+    state.params["copy"]["w"], state.params["student"]["w"]
   )  # decay 0
   state, _ = step(("student",), state, {}, {"x": jnp.asarray(x[0]) * np.nan})
   assert float(state.carry) == 16  # a non-finite carry is not kept
@@ -247,9 +250,7 @@ def test_own_gradients_hook():
       return terms["x"].sum
 
     def part(rows):
-      grads = jax.vmap(lambda r: jax.grad(row)(tree, r)["w"])(
-          {"x": rows["x"]}
-      )
+      grads = jax.vmap(lambda r: jax.grad(row)(tree, r)["w"])({"x": rows["x"]})
       norm = jnp.linalg.norm(grads, axis=-1, keepdims=True)
       grads = grads * jnp.minimum(1, 1 / norm)
       return {"w": jnp.sum(grads, 0)}, train.mean(norm[:, 0])
@@ -258,20 +259,22 @@ def test_own_gradients_hook():
     return jax.tree.map(lambda g: g / norm.count, grads), {"norm": norm}
 
   method = toy.method(
-      networks={"student": train.Trained()},
-      losses={"student": loss},
-      schedule=train.Schedule(cycle=(("student",),)),
-      gradients=clipped,
+    networks={"student": train.Trained()},
+    losses={"student": loss},
+    schedule=train.Schedule(cycle=(("student",),)),
+    gradients=clipped,
   )
   x = np.array([[3.0, 4.0], [0.3, 0.4]], np.float32)
   for accumulation in (1, 2):
     step = train.make_step(
-        method, {"student": optax.sgd(1.0)}, mesh(), accumulation=accumulation
+      method, {"student": optax.sgd(1.0)}, mesh(), accumulation=accumulation
     )
     state = step.init({"student": {"w": jnp.zeros(2)}}, jax.random.key(0))
     state, metrics = step(("student",), state, {}, {"x": jnp.asarray(x)})
     expected = -(x[0] / 5 + x[1]) / 2
-    np.testing.assert_allclose(state.params["student"]["w"], expected, atol=1e-6)
+    np.testing.assert_allclose(
+      state.params["student"]["w"], expected, atol=1e-6
+    )
     assert float(metrics["student/norm"].sum) == pytest.approx(5.5)
 
 
@@ -285,7 +288,7 @@ def test_second_call_does_not_compile_again():
 def test_map_slices_is_the_function(unroll):
   x = jnp.arange(12.0).reshape(6, 2)
   out = train.map_slices(
-      lambda b: {"y": b["x"] * 2 + 1}, {"x": x}, slices=3, unroll=unroll
+    lambda b: {"y": b["x"] * 2 + 1}, {"x": x}, slices=3, unroll=unroll
   )
   np.testing.assert_array_equal(out["y"], x * 2 + 1)
 
@@ -295,7 +298,7 @@ def test_bad_input_is_one_line():
     train.make_step(toy.method(), {"student": optax.sgd(1.0)})
   with helpers.one_line_error("accumulation must be 1 for toy"):
     train.make_step(
-        toy.method(couples_rows=True), toy.optimizers(), accumulation=2
+      toy.method(couples_rows=True), toy.optimizers(), accumulation=2
     )
   with helpers.one_line_error("accumulation must be >= 1"):
     train.make_step(toy.method(), toy.optimizers(), accumulation=0)
@@ -309,16 +312,16 @@ def test_bad_input_is_one_line():
     train.make_step(toy.method(losses={}), {})
   with helpers.one_line_error("schedule must name trained networks"):
     train.make_step(
-        toy.method(schedule=train.Schedule(cycle=(("ema",),))),
-        toy.optimizers(),
+      toy.method(schedule=train.Schedule(cycle=(("ema",),))),
+      toy.optimizers(),
     )
   with helpers.one_line_error("'ema' must follow one of"):
     train.make_step(
-        toy.method(
-            networks={
-                **toy.method().networks,
-                "ema": train.Ema(of="teacher"),
-            }
-        ),
-        toy.optimizers(),
+      toy.method(
+        networks={
+          **toy.method().networks,
+          "ema": train.Ema(of="teacher"),
+        }
+      ),
+      toy.optimizers(),
     )

@@ -1,4 +1,4 @@
-"""A small method with two networks, an EMA and a frozen target, for the tests."""
+"""A small method: two networks, an EMA and a frozen target, for the tests."""
 
 import json
 
@@ -19,8 +19,8 @@ def loss_student(params, batch, context):
   error = jnp.sum((ours - target) ** 2, axis=-1)
   pull = jnp.sum((ours - x @ params["critic"]["w"]) ** 2, axis=-1)
   terms = {
-      "fit": train.mean(error, batch["where"]),
-      "pull": train.weighted(0.1, train.mean(pull)),
+    "fit": train.mean(error, batch["where"]),
+    "pull": train.weighted(0.1, train.mean(pull)),
   }
   return terms, {"size": train.mean(jnp.abs(ours).mean(-1))}
 
@@ -33,29 +33,29 @@ def loss_critic(params, batch, context):
 
 def method(**changes):
   return train.Method(
-      name="toy",
-      paper="arXiv:0000.00000",
-      networks={
-          "student": train.Trained(),
-          "critic": train.Trained(),
-          "teacher": train.Frozen(),
-          "ema": train.Ema(of="student", decay=0.9),
-      },
-      losses={"student": loss_student, "critic": loss_critic},
-      schedule=train.Schedule(cycle=(("student", "critic"), ("critic",))),
-      sample=lambda params, inputs, key, *, steps: inputs,
+    name="toy",
+    paper="arXiv:0000.00000",
+    networks={
+      "student": train.Trained(),
+      "critic": train.Trained(),
+      "teacher": train.Frozen(),
+      "ema": train.Ema(of="student", decay=0.9),
+    },
+    losses={"student": loss_student, "critic": loss_critic},
+    schedule=train.Schedule(cycle=(("student", "critic"), ("critic",))),
+    sample=lambda params, inputs, key, *, steps: inputs,
   )._replace(**changes)
 
 
 def init(key, earlier):
   del earlier
   draw = lambda name, *shape: jax.random.normal(
-      train.named_key(key, name), shape
+    train.named_key(key, name), shape
   )
   return {
-      "student": {"w": draw("student", 3, 3), "b": jnp.zeros(3)},
-      "critic": {"w": draw("critic", 3, 3)},
-      "teacher": {"w": draw("teacher", 3, 3)},
+    "student": {"w": draw("student", 3, 3), "b": jnp.zeros(3)},
+    "critic": {"w": draw("critic", 3, 3)},
+    "teacher": {"w": draw("teacher", 3, 3)},
   }
 
 
@@ -66,8 +66,8 @@ def optimizers():
 def batch(seed=0, rows=16):
   rng = np.random.default_rng(seed)
   return {
-      "x": rng.normal(size=(rows, 3)).astype(np.float32),
-      "where": rng.random(rows) < 0.7,
+    "x": rng.normal(size=(rows, 3)).astype(np.float32),
+    "where": rng.random(rows) < 0.7,
   }
 
 
@@ -98,10 +98,10 @@ class Data:
 
 def stage(steps=12, name="toy", poison=(), **changes):
   return train.Stage(
-      name=name,
-      method=method(**changes),
-      optimizers=optimizers(),
-      data=lambda: Data(poison=poison),
-      steps=steps,
-      init=init,
+    name=name,
+    method=method(**changes),
+    optimizers=optimizers(),
+    data=lambda: Data(poison=poison),
+    steps=steps,
+    init=init,
   )

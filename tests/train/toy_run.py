@@ -47,11 +47,11 @@ def main():
   pathlib.Path(workdir).mkdir(exist_ok=True)
   try:
     result = train.run(
-        [toy.stage(steps, "one"), toy.stage(steps, "two")],
-        workdir,
-        log_every=3,
-        checkpoint_every=4,
-        hooks=hooks,
+      [toy.stage(steps, "one"), toy.stage(steps, "two")],
+      workdir,
+      log_every=3,
+      checkpoint_every=4,
+      hooks=hooks,
     )
   except (train.Interrupted, train.SaveError) as e:
     print(f"stopped: {e}", flush=True)
