@@ -104,6 +104,8 @@ class TestSurrogateLoss:
         x.astype(jnp.bfloat16), d.astype(jnp.float32)
     )
     assert half.dtype == jnp.float32
+    # The wider of the two, whichever it is.
+    assert losses.surrogate_loss(x.astype(jnp.float32), d).dtype == jnp.float64
 
   def test_bad_input(self):
     x, d = jnps(X, FAKE)
@@ -370,6 +372,10 @@ class TestDenoisingWeight:
     assert not np.any(grads)
     half = losses.denoising_weight(
         jnp.asarray(ROWS).astype(jnp.bfloat16), kind="inverse"
+    )
+    assert half.dtype == jnp.float32
+    half = losses.denoising_weight(
+        jnp.ones(3), jnp.asarray(ROWS).astype(jnp.bfloat16), kind="alpha"
     )
     assert half.dtype == jnp.float32
 
@@ -863,6 +869,21 @@ class TestSubinterval:
         straight(0.5), straight(0.8), eps=4.0
     )
     close(got[1], 2.0)
+    # Where the levels are equal, the default eps = 1e-8 alone is the variance.
+    at, zero = straight(self.S), jnp.zeros(SHAPE)
+    got = losses.subinterval_forward(zero, jnp.asarray(NOISE), at, at)
+    close(got, 1e-4 * NOISE, atol=1e-9)
+    got = losses.subinterval_velocity_target(zero, jnp.asarray(NOISE), at, at)
+    s = col(self.S)
+    close(got, (s + s**2 / (1 - s)) / 1e-4 * NOISE, rtol=1e-5)
+
+  def test_noisier_is_told_by_the_signal_to_noise_ratio(self):
+    with distilljax.debug():
+      got = losses.subinterval_coefficients(straight(0.5), straight(0.6))
+    close(got[0], 0.8)
+    # (1 - s) t - (1 - t) s = t - s, not t (1 - s) less either of the two.
+    with distilljax.debug(), helpers.one_line_error("at_t must be noisier"):
+      losses.subinterval_coefficients(straight(0.6), straight(0.5))
 
   def test_forward(self):
     _, _, alpha, sigma = self.kernel()
@@ -1030,6 +1051,10 @@ class TestGroupNormalize:
       flat = jnp.full((5,), value, jnp.float32)
       got = losses.group_normalize(flat, jnp.asarray(IDS), center=True)
       assert got.tolist() == [0.0] * 5
+    # Seven times 0.1 or 0.2, added up in float32, is not seven times as much.
+    flat, ids = jnp.full((7,), 0.1, jnp.float32), jnp.zeros(7, jnp.int32)
+    got = losses.group_normalize(flat, ids, center=True)
+    assert got.tolist() == [0.0] * 7
 
   def test_a_bad_row_stays_in_its_group(self):
     values = self.values.copy()

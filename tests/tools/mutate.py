@@ -31,6 +31,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -57,6 +58,7 @@ MODULES = tuple(f"distilljax.losses.{m}" for m in LOSSES) + tuple(
 SHARED_TESTS = ("tests/oracles/closed_form_test.py",)
 GOLDEN = "tests/golden_test.py::test_golden[{}]"
 
+_LONGEST = 3600  # seconds of a mutant, whatever it does
 _SWAPPED_OPERATORS = {
     ast.Add: (ast.Sub,),
     ast.Sub: (ast.Add,),
@@ -449,7 +451,7 @@ class Checker:
       root: folder that holds the package and its tests.
       tests: by module, its tests: its own file first, then files or test ids.
       cache: folder that is kept between runs.
-      timeout: seconds a mutant.
+      timeout: CPU seconds a mutant, beside thrice those of its tests.
       probed: further modules whose lines the probes name, so that the runs with
         probes serve them too.
     """
@@ -480,8 +482,10 @@ class Checker:
     return [x for m in self._tests for x in mutants_of(m, self._sources[m])]
 
   # -- children ------------------------------------------------------------
-  def _child(self, sources, files, ranks, report, arguments):
+  def _child(self, sources, files, ranks, report, arguments, seconds):
     """In the fork: imports the changed modules and runs their tests."""
+    # Of CPU: on a busy machine a slow test must not look like a hanging one.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     log = os.open(report.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -498,7 +502,8 @@ class Checker:
       os.chdir(self._root)
       import pytest  # pylint: disable=g-import-not-at-top
 
-      options = ["-q", "-p", "no:cacheprovider", "--assert=plain"]
+      quick = "addopts=-m 'not slow and not aot and not device'"  # no xdist
+      options = ["-q", "-p", "no:cacheprovider", "--assert=plain", "-o", quick]
       code = pytest.main([*options, *arguments, *files], plugins=[plugin])
     except BaseException:  # an import that fails is a mutant that is noticed
       import traceback  # pylint: disable=g-import-not-at-top
@@ -534,7 +539,8 @@ class Checker:
       if not saved.exists():
         start = time.monotonic()
         report = self._reports / "coverage.json"
-        pid = self._fork(probes, [file], None, report, [])
+        limit = resource.RLIM_INFINITY
+        pid = self._fork(probes, [file], None, report, [], limit)
         _, status, usage = os.wait4(pid, 0)
         broken = json.loads(report.read_text())["failed"]
         if broken:
@@ -618,6 +624,8 @@ class Checker:
               "golden" in file,
               name not in text,
               entry["seconds"] * (1 + spread / 50),
+              test,
+              entry["seconds"],
           )
     return found
 
@@ -627,7 +635,8 @@ class Checker:
     if whole:  # all tests of its own file, whatever the probes said
       own = self._tests[mutant.module][0]
       for test, entry in self._coverage[own]["tests"].items():
-        found.setdefault(test, (1, 0, 0, entry["seconds"]))
+        seconds = entry["seconds"]
+        found.setdefault(test, (1, 0, 0, seconds, test, seconds))
     if not found:
       return None, None
     order = sorted(found, key=found.get)
@@ -636,7 +645,9 @@ class Checker:
     text = mutant.apply(self._sources[mutant.module])
     report = self._reports / f"{mutant.start}_{abs(hash(mutant))}.json"
     sources = {mutant.module: text}
-    pid = self._fork(sources, files, ranks, report, ["-x"])
+    seconds = sum(found[test][-1] for test in found)
+    limit = int(self._timeout + 3 * seconds)
+    pid = self._fork(sources, files, ranks, report, ["-x"], limit)
     return pid, report
 
   def run(
@@ -660,13 +671,14 @@ class Checker:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         killer = None
         if not done:
-          if time.monotonic() - since < self._timeout:
+          if time.monotonic() - since < _LONGEST:
             continue
           os.killpg(pid, signal.SIGKILL)
           _, status, usage = os.wait4(pid, 0)
-          killer = "time limit"
         del running[pid]
-        if killer is None and status:
+        if os.WIFSIGNALED(status):
+          killer = f"signal {os.WTERMSIG(status)}"  # hangs, or crashes
+        elif status:
           try:
             killer = json.loads(report.read_text())["failed"][0]
           except (OSError, ValueError, LookupError):
@@ -761,9 +773,14 @@ def check(
     mutants: Sequence[Mutant],
     equivalent: dict[str, str],
     jobs: int,
+    whole: bool = False,
     log=print,
 ) -> tuple[dict[str, list[int]], list[Mutant]]:
-  """Runs mutants; gives {module: [killed, total]} and the survivors."""
+  """Runs mutants; gives {module: [killed, total]} and the survivors.
+
+  `whole` tries a survivor again on all tests of its module's file, in case a
+  cache between tests kept the probes from seeing that one reaches it.
+  """
   todo = [m for m in mutants if m.name not in equivalent]
   counts = {m.module: [0, 0] for m in todo}
   for mutant, killer, _ in checker.run(checker.faultless(), jobs, whole=True):
@@ -779,8 +796,9 @@ def check(
       suspects.append(mutant)
     place = f"{mutant.name} (line {mutant.line})"
     log(f"{len(cpu)}/{len(todo)} {seconds:.1f} s {killer or 'ALIVE'}: {place}")
-  survivors = []
-  for mutant, killer, seconds in checker.run(suspects, jobs, whole=True):
+  survivors = [] if whole else suspects
+  again = suspects if whole else ()
+  for mutant, killer, seconds in checker.run(again, jobs, whole=True):
     cpu.append(seconds)
     if killer:
       counts[mutant.module][0] += 1
@@ -815,9 +833,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--sample", type=int, help="mutants, at random")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--jobs", type=int, default=2)
-  parser.add_argument("--timeout", type=float, default=120, help="seconds each")
+  parser.add_argument("--timeout", type=float, default=60, help="CPU seconds")
   parser.add_argument("--cache", help="folder that is kept between runs")
   parser.add_argument("--only", help="part of the name of the mutants to run")
+  parser.add_argument("--whole", action="store_true", help="see `check`")
   parser.add_argument("--list", action="store_true", help="names only")
   parser.add_argument("--output", help="file for the summary")
   args = parser.parse_args(arguments)
@@ -854,7 +873,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mutants = random.Random(args.seed).sample(mutants, args.sample)
   print(f"{len(mutants)} of {everything} mutants, seed {args.seed}")
   checker.prepare()
-  counts, survivors = check(checker, mutants, equivalent, args.jobs)
+  counts, survivors = check(
+      checker, mutants, equivalent, args.jobs, args.whole
+  )
   checker.close()
   listed = sum(m.name in equivalent for m in mutants)
   text = summary(counts, survivors, listed)
