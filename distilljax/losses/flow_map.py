@@ -1271,9 +1271,9 @@ def velocity_matching_target(
   if kind == "transport":
     end = jnp.zeros_like(t) if end is None else end
     _checks.per_row(fn, "x_t", x_t, end=end)
+    end = _checks.at_least_float32(end).astype(t.dtype)
     _checks.in_range(fn, "end", end, 0.0, 1.0)
     _checks.not_above(fn, "end", end, "t", t)
-    end = _checks.at_least_float32(end).astype(t.dtype)
     name = "velocity_fn(x, t)"
     u = _call(fn, name, velocity_fn, x_t, t)
     v = _checks.at_least_float32(v).astype(u.dtype)

@@ -1269,6 +1269,12 @@ def test_bad_input_of_the_rest():
       losses.progressive_target(
           one_time_net, x, t, r, s, coefficients=cosine_path
       )
+  whole = jnp.ones(4, jnp.int32)
+  for three in ((whole, s, r), (t, whole, r), (t, s, whole)):
+    with error("must be a floating array, got int32"):
+      losses.progressive_target(
+          one_time_net, x, *three, coefficients=cosine_path
+      )
 
 
 REST = {
@@ -1313,6 +1319,53 @@ def test_precision_of_the_rest(name, strict):
   with jax.enable_x64(True):
     wide = [jnp.asarray(a, jnp.float64) for a in (x, v, t, r)]
     assert REST[name](*wide).dtype == jnp.float64
+
+
+TIMED = {
+    "mean_flow": lambda f, x, t, r: losses.mean_flow_loss(f, x, x, t, r),
+    "lagrangian": lambda f, x, t, r: losses.lagrangian_residual(
+        f, x, t, r, lambda x, r: f(x, r, r)
+    ),
+    "semigroup": lambda f, x, t, r: losses.semigroup_target(f, x, t, t, r),
+    "central": lambda f, x, t, r: losses.path_derivative(
+        f, x, x, t, r, derivative="central"
+    )[1],
+    "shortcut": lambda f, x, t, r: losses.shortcut_target(f, x, t, t - r),
+    "anyflow": lambda f, x, t, r: losses.anyflow_loss(f, x, x, t, r),
+    "matching": lambda f, x, t, r: losses.velocity_matching_target(
+        lambda x, t: f(x, t, t), x, x, t
+    )[1],
+    "transport": lambda f, x, t, r: losses.velocity_matching_target(
+        lambda x, t: f(x, t, t), x, x, t, kind="transport", end=r
+    )[1],
+    "progressive": lambda f, x, t, r: losses.progressive_target(
+        lambda x, t: f(x, t, t), x, t, (t + r) / 2, r, coefficients=cosine_path
+    ),
+    "semigroup_loss": lambda f, x, t, r: losses.flow_map_loss(
+        f, x, t, r, identity="semigroup", s=(t + r) / 2
+    ).loss,
+    "simulation": lambda f, x, t, r: losses.backward_simulation(
+        f, x, jnp.asarray([1.0, 0.5, 0.0], t.dtype), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_half_times_are_widened_before_the_network(name, strict):
+  seen = []
+
+  def network(x, t, r):
+    seen.append((t.dtype, r.dtype))
+    return net(x, t, r)
+
+  x = arrays(dtype=jnp.float32)[0]
+  t = jnp.asarray([0.75, 0.5, 1.0, 0.625], jnp.bfloat16)
+  r = jnp.asarray([0.25, 0.125, 0.5, 0.25], jnp.bfloat16)
+  out = TIMED[name](network, x, t, r)
+  assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"))}
+  # These times are exact in bfloat16, and so must be what is made of them.
+  exact = TIMED[name](net, x, t.astype(jnp.float32), r.astype(jnp.float32))
+  np.testing.assert_allclose(out, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_distillation_direction_of_transport(x64):

@@ -434,6 +434,10 @@ class _Plugin:
     self._report.write_text(json.dumps(out))
 
 
+def _print(text: str) -> None:
+  print(text, flush=True)
+
+
 class Checker:
   """Runs mutants of a package's modules against its tests."""
 
@@ -522,7 +526,7 @@ class Checker:
     return pid
 
   # -- which tests reach what ----------------------------------------------
-  def prepare(self, log=print) -> None:
+  def prepare(self, log=_print) -> None:
     """Runs the tests with probes, once for every state of the files."""
     everything = hashlib.sha256()
     for source in self._sources.values():
@@ -774,7 +778,7 @@ def check(
     equivalent: dict[str, str],
     jobs: int,
     whole: bool = False,
-    log=print,
+    log=_print,
 ) -> tuple[dict[str, list[int]], list[Mutant]]:
   """Runs mutants; gives {module: [killed, total]} and the survivors.
 
