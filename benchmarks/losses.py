@@ -259,6 +259,43 @@ def cases(batch: int, side: int) -> list[Case]:
       a, x, real, t, s, weight,
   )  # fmt: skip
 
+  teacher = jnp.asarray(rng.normal(size=shape[1:]), jnp.float32)
+
+  def least_cd(a, x, b, t, s):
+    gap = _rows(s - t, x)
+    first = (x - b * x) / _rows(t, x)
+    euler = x + gap * first
+    x_s = x + gap / 2 * (first + (euler - b * euler) / _rows(s, x))
+    value, error = _square(a * x - a * x_s, 1.0)
+    return value, jnp.sum(error * x, axis=0)
+
+  def distilled(a, x, b, t, s):
+    net = lambda x, t: a * x
+    x_s = losses.consistency_distillation_target(
+        lambda x, t: b * x, x, t, s
+    )
+    return losses.consistency_loss(
+        net, net, x, t, x_s, s, metric=losses.squared_distance
+    )
+
+  add(
+      "consistency_loss(distillation_target)",
+      distilled, least_cd, a, x, teacher, t, s,
+  )  # fmt: skip
+
+  def least_continuous(a, x, slope, t):
+    change = a * slope
+    pulled = jnp.sum(change * x, axis=0) / n
+    return jnp.sum(pulled * a), pulled
+
+  add(
+      "continuous_consistency_loss",
+      lambda a, x, slope, t: losses.continuous_consistency_loss(
+          lambda x, t: a * x, x, slope, t
+      ),
+      least_continuous, a, x, real, t,
+  )  # fmt: skip
+
   def least_scm(a, x, slope, angle, weight):
     cos, sin = (_rows(f(angle), x) for f in (jnp.cos, jnp.sin))
     f = a * (2 * x)
@@ -528,7 +565,8 @@ def measure(case: Case) -> dict[str, Any]:
       "temp_bytes": temp,
       "least_temp_bytes": least_temp,
       "argument_bytes": held,
-      "flops_an_element": flops / case.arguments[0].size,
+      "extra_flops_an_element": (flops - least)
+      / max(a.size for a in case.arguments),
   }
 
 
@@ -545,7 +583,7 @@ def main():
   )
   print(
       f"{'loss':44s} {'MFLOP':>8s} {'least':>8s} {'ratio':>6s}"
-      f" {'temp kB':>9s} {'least':>9s} {'args kB':>9s}"
+      f" {'extra':>6s} {'temp kB':>9s} {'least':>9s} {'args kB':>9s}"
   )
   rows = []
   for case in cases(args.batch, args.side):
@@ -554,6 +592,7 @@ def main():
     print(
         f"{row['loss']:44s} {row['flops'] / 1e6:8.3f}"
         f" {row['least_flops'] / 1e6:8.3f} {row['flops_ratio']:6.2f}"
+        f" {row['extra_flops_an_element']:6.2f}"
         f" {row['temp_bytes'] / 1e3:9.1f} {row['least_temp_bytes'] / 1e3:9.1f}"
         f" {row['argument_bytes'] / 1e3:9.1f}"
     )

@@ -2,6 +2,9 @@
 
 python -m experiments.train --config=configs/dmd2_digits.py --workdir=/tmp/x
 
+Expected (3 seeds): FCD 5.4 to 5.7 for the student at 1 step, 52 to 62 for the
+teacher at 1 and 2.2 at 20; about 180 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
 

@@ -6,6 +6,8 @@ Needs the originals: Debian's package dataset-fashion-mnist, or a folder of the
 four idx files in --config.data.folder or $DISTILLJAX_DATA. With runlocal it
 runs on the embedded fashion14, to test the config where they are not.
 
+Expected: not run to its end yet; about an hour on two cores by its step time.
+
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
 

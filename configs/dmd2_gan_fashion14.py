@@ -6,6 +6,9 @@ python -m experiments.train \\
 The discriminator is a head on the critic's bottleneck, fed with real images and
 samples at the noise of the score (one forward for both).
 
+Expected (1 seed): FCD 3.5 for the student at 1 step, its teacher 3.3 at 20
+steps: near, not below; about 450 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), gan=<float> (lambda_G, default .03; the
 critic's weight is three times that), steps=<int>, seed=<int>.
 """

@@ -3,6 +3,9 @@
 python -m experiments.train \\
   --config=configs/flow_matching_fashion14.py --workdir=/tmp/x
 
+Expected (1 seed): FCD 3.3 to 3.4 at 20 steps, 38 to 41 at 1 (floor .3); about
+130 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
 

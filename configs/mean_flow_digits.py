@@ -3,6 +3,9 @@
 python -m experiments.train \\
   --config=configs/mean_flow_digits.py --workdir=/tmp/x
 
+Expected (3 seeds): FCD 4.2 to 4.7 for the student at 1 step and 2.7 to 3.0 at
+2, 52 to 62 for the teacher at 1; about 165 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
 

@@ -4,6 +4,9 @@ python -m experiments.train --config=configs/mean_flow_ring8.py --workdir=/tmp/x
 
 `map_rmse` is the distance to the exact end point of the same latent.
 
+Expected (3 seeds): RMSE to the exact map .167 to .175 at 1 step, .118 to .122
+with identity=lagrangian; about 45 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), source=teacher|data, identity=eulerian|
 lagrangian, seed=<int>.
 """

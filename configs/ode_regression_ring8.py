@@ -3,6 +3,8 @@
 python -m experiments.train \\
   --config=configs/ode_regression_ring8.py --workdir=/tmp/x
 
+Expected: see docs/methods/ode_regression.md; about 40 CPU seconds.
+
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
 

@@ -24,7 +24,7 @@ _FOLDER = flags.DEFINE_string(
     "folder", None, "folder of the idx files; None looks where data.load does"
 )
 _OUT = flags.DEFINE_string(
-    "out",
+    "file",
     str(
         pathlib.Path(data.__file__).parent / "files" / "fashion14.npz"
     ),

@@ -81,6 +81,11 @@ def _average(new, old, decay, step):
   return optax.incremental_update(new, old, 1 - decay)
 
 
+def _roots(seeds: int) -> jax.Array:
+  """One key a seed."""
+  return jax.random.split(jax.random.key(0), seeds)
+
+
 def _drive(init, update, *, seeds, chunk):
   """`update` as one program, mapped over the seeds.
 
@@ -104,7 +109,7 @@ def _drive(init, update, *, seeds, chunk):
 
     return jax.lax.scan(body, (state, average), jnp.arange(chunk))[0]
 
-  roots = jax.random.split(jax.random.key(0), seeds)
+  roots = _roots(seeds)
   keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(roots)
   start = jax.jit(jax.vmap(init))(roots)
   program = jax.jit(jax.vmap(scanned, (0, 0, 0, None, None)))
@@ -336,6 +341,8 @@ def flow_map_run(
 # --- Distribution matching -------------------------------------------------
 
 RATIO = 5  # critic updates for one of the generator
+PAIRS = 512  # exact trajectories that the warm-up regresses on
+WARM_UP = 300  # its updates
 GUIDANCE = 2.0  # of the two guided rows
 PHASES = (1.0, 0.5, 0.0)
 SIGMAS = (0.05, 5.0)  # sigma / alpha, drawn log-uniformly
@@ -498,6 +505,55 @@ def _networks(family, key):
 def labels(family: Matching, n: int) -> jax.Array | None:
   """Both classes in turn, or None."""
   return jnp.arange(n) % 2 if family.labelled else None
+
+
+@functools.cache
+def _warm_generators(labelled: bool, steps: int, seeds: int, updates: int):
+  """Generators of all seeds after regression on exact pairs of the teacher.
+
+  What a family would start from in practice: it has seen the frequencies of the
+  modes, and no more than `PAIRS` points. Where a sample takes two calls, both
+  inputs of the exact trajectory are regressed.
+  """
+  family = Matching("", None, labelled=labelled, steps=steps)
+  generator = _generator(family)
+  optimizer = train.make_optimizer(learning_rate=1.0, steps=1)
+  label = labels(family, PAIRS)
+  flow = functools.partial(
+      mixture().probability_flow,
+      path=PATH,
+      labels=label,
+      guidance=GUIDANCE if labelled else None,
+  )
+
+  def one(root):
+    params = _networks(family, root)["generator"]
+    z = jax.random.normal(jax.random.fold_in(root, 2), (PAIRS, 2))
+    pairs = [(z, 1.0)]
+    if steps > 1:
+      pairs.append((flow(z, 1.0, PHASES[1]), PHASES[1]))
+    end = flow(z, 1.0, 0.0)
+
+    def loss(params):
+      return sum(
+          jnp.mean(
+              losses.denoising_loss(
+                  generator(params, x, jnp.full(PAIRS, t), label), end
+              )
+          )
+          for x, t in pairs
+      )
+
+    def body(carry, i):
+      params, state = carry
+      place = i.astype(jnp.float32) / updates
+      gradients = jax.grad(loss)(params)
+      return _descend(optimizer, gradients, state, params, place), None
+
+    start = (params, optimizer.init(params))
+    return jax.lax.scan(body, start, jnp.arange(updates))[0][0]
+
+  return jax.jit(jax.vmap(one))(_roots(seeds))
 
 
 def _matching_times(key, *, group=1, low=0.0):
@@ -680,7 +736,7 @@ def matching_steps(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def matching_run(
-    name: str, *, seeds: int, chunk: int = 50
+    name: str, *, seeds: int, chunk: int = 50, warm_up: int = WARM_UP
 ) -> Callable[[int], Result]:
   """Compiles a family of `MATCHING`: generator updates -> Result.
 
@@ -689,9 +745,20 @@ def matching_run(
     seeds: how many generators, trained side by side.
     chunk: the number of updates is rounded to a multiple of this; with two
       phases that of each, which is half.
+    warm_up: updates of regression on exact pairs before; 0 for none. They are
+      the same for all families and not counted.
   """
-  run, start = _drive(*matching_steps(name), seeds=seeds, chunk=chunk)
-  if MATCHING[name].loss:
+  family = MATCHING[name]
+  run, (state, average) = _drive(
+      *matching_steps(name), seeds=seeds, chunk=chunk
+  )
+  if warm_up:
+    average = _warm_generators(
+        family.labelled, family.steps, seeds, warm_up
+    )
+    state["params"] = {**state["params"], "generator": average}
+  start = (state, average)
+  if family.loss:
     return lambda updates: run(updates, start)
 
   def both(updates: int) -> Result:

@@ -11,6 +11,7 @@ A reader holds
   CALLS: {regex of output keys: the public call that gives them},
   NOT_REPRODUCED: {regex: reason},
   TOLERANCE: {regex: (tolerance, reason)} where the default does not hold,
+  OPTIMISED = True where the quick suite's unoptimised compiles will not do,
   reproduce(golden) -> {key: value}.
 
 `python -m tests.golden_test` rewrites the table in tests/golden/README.md.
@@ -149,9 +150,14 @@ def test_folder_has_files():
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda p: p.stem)
-def test_golden(path):
+def test_golden(path, request):
   reader = reader_of(path.stem)
   assert reader is not None, f"no reader for {path.name}"
+  if getattr(reader, "OPTIMISED", False):
+    jax.config.update("jax_disable_most_optimizations", False)
+    request.addfinalizer(
+      lambda: jax.config.update("jax_disable_most_optimizations", True)
+    )
   golden = Golden(path, np.float64)
   with jax.enable_x64(True):
     ours = reader.reproduce(golden)

@@ -40,6 +40,8 @@ DEFAULTS = {
   "time_distribution": "uniform",  # or "log_sigma": uniform in log(sigma)
   "critic_t_min": 0.001,  # the critic learns over the whole range; args
   "critic_t_max": 1.0,  # args
+  "critic_weight": None,  # "edm": 1/sigma^2 + 1/sigma_data^2; EDM scripts
+  "sigma_data": 0.5,  # of that weight; args
   "guidance": 1.0,  # of the teacher; 1 ImageNet, 1.75 SD1.5, 8 SDXL; scripts
   "null_label": None,  # index of the null class, for guidance
   "gan_weight": 3e-3,  # lambda_G, ImageNet; 0 switches the GAN off; scripts
@@ -87,6 +89,8 @@ def make(
       _checks.fail(
         slug, "gan_shares_noise", "False unless the GAN reads the critic", True
       )
+  if h["critic_weight"] is not None:
+    _checks.one_of(slug, "critic_weight", h["critic_weight"], ("edm",))
   student, _, critic = _common.networks_for(slug, apply_fns, needed)[:3]
   path, kind = h["path"], h["prediction"]
   student_times = jnp.asarray(h["times"], jnp.float32)
@@ -113,6 +117,15 @@ def make(
     h["time_distribution"],
     ("uniform", "log_sigma"),
   )
+
+  def weight(t):
+    """EDM's weight of an x0 loss, at the path's noise over signal."""
+    if h["critic_weight"] is None:
+      return None
+    level = path.sigma(t) / path.alpha(t)
+    return losses.denoising_weight(
+      level, kind="edm", sigma_data=h["sigma_data"]
+    )
 
   def generate(params, batch, context):
     """The student's sample, differentiable in its last call."""
@@ -215,7 +228,7 @@ def make(
     else:
       prediction = critic(params["critic"], x_t, t, **cond)
     values = losses.denoising_loss(
-      prediction, x, noise, path.coefficients(t), kind=kind
+      prediction, x, noise, path.coefficients(t), kind=kind, weight=weight(t)
     )
     terms, metrics = {"denoising": train.mean(values)}, {}
     if gan and not outside:

@@ -152,10 +152,11 @@ def to_json(config: Config) -> str:
 def known(block: str, given: Config, allowed: Iterable[str]) -> None:
   """Raises one line for a key of a config block that nothing reads."""
   allowed = list(allowed)
+  prefix = f"{block}." if block else ""
   for name in given:
     if name not in allowed:
       raise ValueError(
-        f"config: unknown key {block}.{name}{_checks.nearest(name, allowed)}"
+        f"config: unknown key {prefix}{name}{_checks.nearest(name, allowed)}"
       )
 
 

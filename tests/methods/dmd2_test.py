@@ -178,6 +178,30 @@ def test_discriminator_on_outside_features():
   assert np.any(gradient(method, "student", p, rows)["student"]["m"] != 0)
 
 
+def test_edm_weight_of_the_critic():
+  """1 / sigma^2 + 1 / sigma_data^2 at sigma = t / (1 - t), a row."""
+  rows, p = common.batch(16), params(0.5, critic_m=0.2)
+  low, high = 0.1, 0.8
+  bounds = {"critic_t_min": low, "critic_t_max": high, "sigma_data": 0.7}
+  method = make(
+    NETS, prediction="x0", critic_weight="edm", **bounds, **NO_GAN
+  )
+  _, (terms, _) = common.total(method, "critic", p, rows, common.context())
+  latent = train.draw(jax.random.normal, rows["key"], "latent", (2,))
+  noise = train.draw(jax.random.normal, rows["key"], "critic/noise", (2,))
+  u = train.draw(jax.random.uniform, rows["key"], "critic/time")
+  t = low + (high - low) * u
+  x = 0.5 + latent
+  x_t = (1 - t)[:, None] * x + t[:, None] * noise
+  error = np.mean((common.x0_of(0.2)(x_t, t) - x) ** 2, axis=1)
+  weight = ((1 - t) / t) ** 2 + 1 / 0.7**2
+  np.testing.assert_allclose(
+    terms["denoising"].sum, np.sum(weight * error), rtol=1e-4
+  )
+  with helpers.one_line_error("critic_weight must be one of"):
+    make(NETS, critic_weight="sigma")
+
+
 def test_two_time_scales():
   method = make(NETS, prediction="x0", ratio=3, **NO_GAN)
   played = [method.schedule.updates(i) for i in range(4)]

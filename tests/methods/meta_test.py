@@ -133,6 +133,7 @@ class TestConfig:
   def test_it_is_documented(self, path):
     doc = ast.get_docstring(ast.parse(path.read_text()))
     assert doc, "no docstring"
+    doc = re.sub(r"\\\n\s*", "", doc)
     assert (
         f"python -m experiments.train --config=configs/{path.name} --workdir="
         in doc
