@@ -3,8 +3,8 @@
 python -m experiments.ring8_tables --out=docs/tables
 
 Flow maps at equal updates and at equal CPU seconds, and distribution matching
-at equal generator updates; see `ring8_families`. `--quick` is for a look at the
-machinery, its numbers mean nothing.
+at equal generator updates; see `ring8_families`. About seven CPU minutes with
+three seeds. `--quick` is for a look at the machinery, its numbers mean nothing.
 """
 
 import csv
