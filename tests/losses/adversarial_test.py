@@ -204,6 +204,15 @@ class TestR1:
       losses.r1_penalty(fn, jnp.ones((2, 3), jnp.int32))
     with helpers.one_line_error("logit_fn.*non-empty tree"):
       losses.r1_penalty(lambda x: [], x)
+    with helpers.one_line_error(r"real must be \[b, ...\] \(rank >= 1\)"):
+      losses.r1_penalty(fn, jnp.float32(1.0))
+    with distilljax.debug(), helpers.one_line_error("real must be finite"):
+      losses.r1_penalty(fn, x.at[0, 0].set(jnp.nan))
+
+  def test_a_number_a_row(self):
+    # d(3 x)/dx = 3.
+    out = losses.r1_penalty(lambda x: 3 * x, jnp.ones(2), gamma=1.0)
+    np.testing.assert_allclose(out, [4.5, 4.5], rtol=1e-6)
 
 
 class TestApproximateR1:

@@ -1121,6 +1121,34 @@ def test_bad_input():
     loss(student, lambda x, t: x[:, :1], x, t, y, s, s)
   with error("angle must be a floating array", TypeError):
     losses.trigflow_coefficients(jnp.arange(3))
+  whole = jnp.arange(1, 4)
+  for fn in (losses.trigflow_tangent, losses.rcm_tangent):
+    with error("angle must be a floating array, got int32"):
+      fn(trig_net, x, y, whole)
+  with error("scm_loss: angle must be a floating array"):
+    losses.scm_loss(x, y, whole)
+  with error("edm_scalings: sigma must be a floating array"):
+    losses.edm_scalings(whole)
+  with error("consistency_coefficients: sigma must be a floating array"):
+    losses.consistency_coefficients(whole)
+  with error("consistency_weight: sigma must be a floating array"):
+    losses.consistency_weight(whole)
+  with error("consistency_weight: sigma_next must be a floating array"):
+    losses.consistency_weight(whole + 0.5, whole, kind="inverse_gap")
+  with error("sigma must be a floating array"):
+    target(student, x, whole, s)
+  with error("sigma_next must be a floating array"):
+    target(student, x, t, whole)
+  with error("consistency_loss: t must be a floating array"):
+    losses.consistency_loss(student, student, x, whole, y, s)
+  with error("consistency_loss: weight must be a floating array"):
+    losses.consistency_loss(student, student, x, t, y, s, weight=whole)
+  with error("scm_loss: weight must be a floating array"):
+    losses.scm_loss(x, y, a, weight=whole)
+  with error("multistep_consistency_loss: end must be a floating array"):
+    loss(student, student, x, t, y, s, whole)
+  with error(r"warmup must be in \[0, 1\]"):
+    losses.rcm_tangent(trig_net, x, y, a, warmup=1.5)
 
 
 def test_bad_values_in_debug_mode():
@@ -1168,5 +1196,121 @@ def test_bad_values_in_debug_mode():
       multi(x, s, y, t, s)
     with error("end must be <= s everywhere"):
       multi(x, t, y, s, t)
+    # A gap below 1 is a gap.
+    losses.consistency_weight(t, t - 0.25, kind="inverse_gap")
     # A float32 pi / 2 is a little above pi / 2 and is welcome.
     losses.trigflow_coefficients(jnp.full(1, np.pi / 2, jnp.float32))
+
+
+def _both(x, t):
+  return x * t[:, None]
+
+
+TIMED = {
+    "distillation_target": lambda f, x, t, s: (
+        losses.consistency_distillation_target(f, x, t, s)
+    ),
+    "consistency": lambda f, x, t, s: losses.consistency_loss(f, f, x, t, x, s),
+    "continuous": lambda f, x, t, s: losses.continuous_consistency_loss(
+        f, x, x, t
+    ),
+    "trigflow_derivative": lambda f, x, t, s: losses.trigflow_derivative(
+        f, x, x, t
+    )[1],
+    "trigflow_tangent": lambda f, x, t, s: losses.trigflow_tangent(f, x, x, t)[
+        1
+    ],
+    "rcm_tangent": lambda f, x, t, s: losses.rcm_tangent(f, x, x, t)[1],
+    "trigflow_network": lambda f, x, t, s: losses.make_trigflow_network(f)(
+        x, t
+    ),
+    "scm_loss": lambda f, x, t, s: losses.scm_loss(
+        f(x, s.astype("float32")), x, t
+    ),
+    "multistep": lambda f, x, t, s: losses.multistep_consistency_loss(
+        f, f, x, t, x, s, s / 2, coefficients=cosine_path
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_half_times_are_widened_before_the_network(name, strict):
+  seen = set()
+
+  def network(x, t):
+    seen.add(t.dtype)
+    return _both(x, t)
+
+  x = arrays(dtype=jnp.float32)[0]
+  t = jnp.asarray([0.75, 0.5, 1.0], jnp.bfloat16)
+  s = jnp.asarray([0.25, 0.125, 0.5], jnp.bfloat16)
+  out = TIMED[name](network, x, t, s)
+  assert seen == {jnp.dtype("float32")}
+  # These times are exact in bfloat16, and so must be what is made of them.
+  wide = TIMED[name](_both, x, *(a.astype(jnp.float32) for a in (t, s)))
+  np.testing.assert_allclose(out, wide, rtol=1e-6, atol=1e-6)
+
+
+def test_half_levels_in_float32_out(strict):
+  sigma = jnp.asarray([2.5, 0.703125, 0.30078125], jnp.bfloat16)
+  lower = jnp.asarray([1.5, 0.6015625, 0.05004882], jnp.bfloat16)
+  angle = jnp.asarray([1.3, 0.6, 0.1], jnp.bfloat16)
+  calls = {
+      "edm": lambda s, l, a: losses.edm_scalings(s),
+      "coefficients": lambda s, l, a: losses.consistency_coefficients(
+          l / 2, kind="lcm"
+      ),
+      "snr": lambda s, l, a: losses.consistency_weight(s, kind="snr"),
+      "gap": lambda s, l, a: losses.consistency_weight(
+          s, l, kind="inverse_gap"
+      ),
+      "uniform": lambda s, l, a: losses.consistency_weight(s),
+      "trigflow": lambda s, l, a: losses.trigflow_coefficients(a),
+  }
+  for call in calls.values():
+    half = jax.tree.leaves(call(sigma, lower, angle))
+    wide = jax.tree.leaves(
+        call(*(a.astype(jnp.float32) for a in (sigma, lower, angle)))
+    )
+    for ours, theirs in zip(half, wide):
+      assert ours.dtype == jnp.float32
+      np.testing.assert_array_equal(ours, theirs)
+  mixed = losses.consistency_weight(
+      sigma.astype(jnp.float32), lower, kind="inverse_gap"
+  )
+  np.testing.assert_array_equal(
+      mixed, losses.consistency_weight(sigma, lower, kind="inverse_gap")
+  )
+
+
+def test_norms_are_flat_and_zero_at_zero(x64):
+  a = jnp.ones((2, 3))
+  for c in (0.0, 0.1):
+    value, grad = jax.value_and_grad(
+        lambda a, b, c=c: losses.pseudo_huber(a, b, c=c).sum()
+    )(a, a)
+    assert float(value) == 0 and not np.any(grad)
+  # A network that does not change along the path: |df/dsigma| = 0.
+  value, grad = jax.value_and_grad(
+      lambda w: losses.continuous_consistency_loss(
+          lambda x, sigma: w * x, a, 0 * a, jnp.ones(2), kind="l2"
+      ).sum()
+  )(jnp.float64(2.0))
+  assert float(value) == 0 and float(grad) == 0
+
+
+def test_no_warmup_is_one_at_every_step():
+  for step in (0, 1, 5):
+    assert float(losses.tangent_warmup(step, warmup_steps=0)) == 1
+
+
+def test_multistep_times_have_a_gradient_at_clean_data(x64):
+  x, y = arrays()
+  zero = jnp.zeros(B)
+  grad = jax.grad(
+      lambda t: losses.multistep_consistency_loss(
+          _both, _both, x, t, y, zero, zero, space="x",
+          coefficients=lambda t: (1 - t, t),
+      ).sum()
+  )(zero)  # fmt: skip
+  assert np.isfinite(grad).all()

@@ -96,6 +96,14 @@ class TestSurrogateLoss:
     assert loss(poisoned_x, "mean")[2] == 0
     got = jax.grad(lambda x: loss(x, "mean").sum())(poisoned_x)
     close(got, np.where(where, FAKE, 0) / counts[:, None, None])
+    # One element that counts is a mean over one.
+    one = np.zeros(SHAPE, bool)
+    one[:, 1, 2] = True
+    got = losses.surrogate_loss(
+        *jnps(X, FAKE), form=form, where=jnp.asarray(one)
+    )
+    values = FAKE**2 / 2 if form == "square" else X * FAKE
+    close(got, values[:, 1, 2])
 
   def test_types(self, x64):
     x, d = jnps(np.float64(X), np.float64(FAKE))

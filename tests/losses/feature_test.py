@@ -205,6 +205,38 @@ def test_extremes(setting):
   assert abs(value) < 9 * 2**-23 * 4 and np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_one_row_each_is_enough_for_the_biased(kernel):
+  x, y = sets(0, jnp.float32)
+  first_x, first_y = jnp.arange(N) < 1, jnp.arange(M) < 1
+  setting = {"kernel": kernel, "bandwidths": (0.5, 2.0), "scale": 1.3}
+  got = mmd(x, y, where_x=first_x, where_y=first_y, **setting)
+  want = mmd_numpy(x[:1], y[:1], False, **setting)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_median_of_three_points_and_of_the_rows_that_count():
+  # Distances 1, 3, 4: the middle one, not a mean of two.
+  x, y = jnp.asarray([[0.0], [1.0]]), jnp.asarray([[4.0]])
+  assert float(losses.median_bandwidth(x, y)) == 3
+  half = losses.median_bandwidth(
+      x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+  )
+  assert half.dtype == jnp.float32 and float(half) == 3
+  # Fourth and fifth point do not count.
+  x = jnp.concatenate([x, jnp.asarray([[70.0]])])
+  y = jnp.concatenate([y, jnp.asarray([[-90.0]])])
+  rows = {
+      "where_x": jnp.asarray([True, True, False]),
+      "where_y": jnp.asarray([True, False]),
+  }
+  np.testing.assert_allclose(
+      mmd(x, y, kernel="rbf", **rows),
+      mmd(x, y, kernel="rbf", scale=3.0, **rows),
+      rtol=1e-6,
+  )
+
+
 def test_points_that_all_coincide_have_a_bandwidth():
   """A median distance of 0 must not be divided by."""
   same = jnp.ones((N, D))

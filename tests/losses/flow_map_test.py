@@ -522,6 +522,13 @@ def test_bad_input():
     losses.mean_flow_velocity(x, x, x, t, omega=1.0, kappa=1.0)
   with helpers.one_line_error(r"omega must be in \[0, inf"):
     losses.mean_flow_velocity(x, x, x, t, omega=-1.0, kappa=0.0)
+  with helpers.one_line_error(r"x_t must be \[b, \*s\] \(rank >= 1\)"):
+    losses.flow_map_step(x[0, 0], x[0, 0], t[0], r[0])
+  whole = jnp.ones(4, jnp.int32)
+  with helpers.one_line_error("t must be a floating array, got int32"):
+    losses.flow_map_step(x, v, whole, r)
+  with helpers.one_line_error("r must be a floating array, got int32"):
+    losses.flow_map_step(x, v, t, whole)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -1270,6 +1277,8 @@ def test_bad_input_of_the_rest():
           one_time_net, x, t, r, s, coefficients=cosine_path
       )
   whole = jnp.ones(4, jnp.int32)
+  with error("d must be a floating array, got int32"):
+    losses.shortcut_target(net, x, t, whole)
   for three in ((whole, s, r), (t, whole, r), (t, s, whole)):
     with error("must be a floating array, got int32"):
       losses.progressive_target(
@@ -1366,6 +1375,64 @@ def test_half_times_are_widened_before_the_network(name, strict):
   # These times are exact in bfloat16, and so must be what is made of them.
   exact = TIMED[name](net, x, t.astype(jnp.float32), r.astype(jnp.float32))
   np.testing.assert_allclose(out, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_is_widened_before_arithmetic(strict):
+  half, single = jnp.bfloat16, jnp.float32
+  # 1 - 2^-10 needs more digits than bfloat16 has; its two terms do not.
+  t, r = jnp.ones(1, half), jnp.full(1, 2.0**-10, half)
+  one = jnp.ones((1, 2))
+  np.testing.assert_array_equal(
+      losses.flow_map_step(one, one, t, r), np.full((1, 2), 2.0**-10)
+  )
+  error = losses.adaptive_loss(jnp.full(1, 3.0, half))
+  assert error.dtype == single
+  np.testing.assert_allclose(error, 3 / 3.01, rtol=1e-6)
+  # alpha / sigma = 1 / .3008: the quotient is taken in float32.
+  alpha, sigma = jnp.ones(1, half), jnp.full(1, 0.30078125, half)
+  loss = losses.guidance_distillation_loss(
+      one, 0 * one, 0 * one, jnp.ones(1, half), alpha=alpha, sigma=sigma
+  )
+  np.testing.assert_allclose(loss, 0.30078125**-2, rtol=1e-6)
+  # A velocity in half precision moves a float32 state in float32.
+  x, v = arrays(dtype=half)
+  x = arrays(dtype=single)[0]
+  t, _, r = times(single)
+  for kind in ("central", "backward"):
+    ours, exact = (
+        losses.path_derivative(net, x, v, t, r, derivative=kind)[1]
+        for v in (v, v.astype(single))
+    )
+    np.testing.assert_array_equal(ours, exact)
+
+
+def test_anyflow_freezes_its_weights(x64):
+  x, v = arrays()
+  t, _, r = times()
+  grad = jax.grad(
+      lambda weight, anchor: losses.anyflow_loss(
+          net, x, v, t, r, time_weight=weight, anchor_loss=anchor
+      ).sum(),
+      argnums=(0, 1),
+  )(jnp.ones(4), jnp.float64(0.5))
+  assert not np.any(grad[0]) and not np.any(grad[1])
+
+
+def test_semigroup_of_an_empty_step_is_the_first_network(x64):
+  (x,) = arrays(n=1)
+  t = jnp.full(4, 0.5)
+  out = losses.semigroup_target(
+      net, x, t, t, t, first_fn=lambda x, t, s: 3 * x
+  )
+  np.testing.assert_array_equal(out, 3 * x)
+
+
+def test_simulation_of_one_step(x64):
+  (x,) = arrays(n=1)
+  out = losses.backward_simulation(net, x, jnp.asarray([1.0, 0.0]), 0)
+  # Jumps 1 -> 1 and 0 -> 0 of length zero about the one from 1 to 0.
+  one, zero = jnp.ones(4), jnp.zeros(4)
+  np.testing.assert_allclose(out, x - net(x, one, zero), rtol=1e-12)
 
 
 def test_distillation_direction_of_transport(x64):

@@ -614,6 +614,7 @@ class Checker:
     if mutant.statement not in own or mutant.function == "<module>":
       lines = own  # a default or a constant: wherever the function runs
     name = mutant.function.split(".")[-1]
+    check = "_checks." in mutant.original and mutant.replacement == "None"
     found = {}
     for file in self._tests[mutant.module]:
       text = "".join(
@@ -624,6 +625,7 @@ class Checker:
         if not lines or hits & lines:
           spread = sum(len(h) for h in entry["hits"].values())
           found[test] = (
+              check and "bad_" not in test,
               -self._killers[mutant.module, mutant.function][test],
               "golden" in file,
               name not in text,
@@ -640,7 +642,7 @@ class Checker:
       own = self._tests[mutant.module][0]
       for test, entry in self._coverage[own]["tests"].items():
         seconds = entry["seconds"]
-        found.setdefault(test, (1, 0, 0, seconds, test, seconds))
+        found.setdefault(test, (1, 0, 0, 0, seconds, test, seconds))
     if not found:
       return None, None
     order = sorted(found, key=found.get)
