@@ -54,12 +54,20 @@ class Job(NamedTuple):
   stages: list[train.Stage]
 
 
-def build(config: Any, log: Callable[[str], None] = print) -> Job:
+def build(
+  config: Any, log: Callable[[str], None] = print, devices: int | None = None
+) -> Job:
   """Checks a config and makes its stages; nothing is trained.
+
+  Args:
+    config: a config of `configs/`.
+    log: gets one line for everything a person should know.
+    devices: that the batch must divide over; None is all of them.
 
   Raises:
     ValueError: one line for the first thing that cannot be.
   """
+  devices = jax.device_count() if devices is None else devices
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
   name = config.data.name
   problem_class = (
@@ -73,7 +81,7 @@ def build(config: Any, log: Callable[[str], None] = print) -> Job:
         f"config: stage {stage_name!r} has no block of that name"
       )
     earlier = [s.name for s in stages]
-    stages.append(_stage(config, problem, stage_name, earlier))
+    stages.append(_stage(config, problem, stage_name, earlier, devices))
   return Job(config, problem, stages)
 
 
@@ -142,7 +150,7 @@ def _hyper(block, problem, stage_name) -> dict[str, Any]:
   return hyper
 
 
-def _stage(config, problem, name, earlier) -> train.Stage:
+def _stage(config, problem, name, earlier, devices) -> train.Stage:
   block = config[name]
   config_lib.known(name, block, STAGE_KEYS)
   specs = {k: v.to_dict() for k, v in block.networks.items()}
@@ -191,7 +199,6 @@ def _stage(config, problem, name, earlier) -> train.Stage:
       **{"steps": max(1, round(block.steps * share)), **values}
     )
   batch_size = block.get("batch_size") or config.data.batch_size
-  devices = jax.device_count()
   nearest = max(1, round(batch_size / devices)) * devices
   if batch_size % devices:
     raise ValueError(
@@ -285,6 +292,7 @@ def train_and_evaluate(
   workdir: str | os.PathLike,
   *,
   command: str = "",
+  mesh: jax.sharding.Mesh | None = None,
   log: Callable[[str], None] = print,
   hooks: Sequence[train.Hook] = (),
 ) -> dict[str, Any]:
@@ -298,6 +306,7 @@ def train_and_evaluate(
     config: a config of `configs/`.
     workdir: folder of the run.
     command: the shell command, for the report.
+    mesh: devices; None is all of them.
     log: gets one line for everything a person should know.
     hooks: further hooks of the training loop.
 
@@ -309,7 +318,8 @@ def train_and_evaluate(
     train.Interrupted: after SIGINT or SIGTERM during training; saved.
   """
   workdir = pathlib.Path(workdir)
-  job = build(config, log)
+  mesh = train.make_mesh() if mesh is None else mesh
+  job = build(config, log, mesh.size)
   config_lib.claim_workdir(workdir, config)
   if (workdir / "summary.json").exists():
     log(f"finished before: nothing to train. Report: {workdir / 'report.html'}")
@@ -330,6 +340,7 @@ def train_and_evaluate(
     job.stages,
     workdir,
     seed=config.seed,
+    mesh=mesh,
     log_every=config.run.log_every,
     checkpoint_every=config.run.checkpoint_every,
     keep=config.run.keep,
@@ -348,7 +359,7 @@ def train_and_evaluate(
     "versions": versions(),
     "seed": config.seed,
     "skipped": result.skipped,
-    "devices": jax.device_count(),
+    "devices": mesh.size,
     **job.problem.facts(),
   }
   spent = {"judge": judged, "evaluation": _since(before)}

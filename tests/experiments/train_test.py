@@ -17,6 +17,11 @@ from tests import helpers
 SMALL = "configs/ode_regression_ring8.py:runlocal"
 
 
+def one_device():
+  """A mesh of one: these runs are about files, not about devices."""
+  return train.make_mesh(jax.devices()[:1])
+
+
 @pytest.fixture(autouse=True)
 def signals():
   """The launcher installs its own handlers; put the test runner's back."""
@@ -53,7 +58,9 @@ def finished(tmp_path_factory):
   lines = []
   with helpers.as_user():
     config = config_lib.load(SMALL)
-    job.train_and_evaluate(config, folder, command="cmd", log=lines.append)
+    job.train_and_evaluate(
+      config, folder, command="cmd", log=lines.append, mesh=one_device()
+    )
   return folder, lines
 
 
@@ -204,9 +211,17 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(finished, tmp_path):
         signal.raise_signal(signal.SIGTERM)
 
   with pytest.raises(train.Interrupted, match="saved. The same command"):
-    job.train_and_evaluate(config, tmp_path, log=lambda _: None, hooks=[Stop()])
+    job.train_and_evaluate(
+      config,
+      tmp_path,
+      log=lambda _: None,
+      hooks=[Stop()],
+      mesh=one_device(),
+    )
   lines = []
-  summary = job.train_and_evaluate(config, tmp_path, log=lines.append)
+  summary = job.train_and_evaluate(
+    config, tmp_path, log=lines.append, mesh=one_device()
+  )
   assert any("resumed at step 17" in r for r in lines)
   whole = json.loads((folder / "summary.json").read_text())
   assert summary["params_sha256"] == whole["params_sha256"]
