@@ -98,28 +98,23 @@ def test_mean_flow_ring8(tmp_path):
 
 
 @pytest.mark.slow
-def test_regression_warm_up_keeps_the_mode_frequencies(tmp_path):
-  """3 seeds, 3,000 student updates: TV without >= 2 x TV with; 8 of 8 modes."""
-  tv = {
-    warmup: seeds(
-      f"dmd2_ring8.py:warmup={warmup},seed={{}}",
-      tmp_path,
-      "mode_tv",
-      "student",
-      1,
-    )
-    for warmup in ("true", "false")
-  }
-  assert tv["false"].mean() >= 2 * tv["true"].mean()
-  modes = seeds(
-    "dmd2_ring8.py:warmup=true,seed={}",
-    tmp_path / "again",
-    "modes",
-    "student",
-    1,
-    n=1,
-  )
-  assert (modes == 8).all()
+def test_dmd2_ring8(tmp_path):
+  """3 seeds, 3,000 student updates: 8 of 8 modes, far from a Gaussian.
+
+  The paper's gain from a regression warm-up (mode-frequency TV halved) is not
+  asserted: it was not reproduced, see docs/methods/dmd2.md.
+  """
+  for seed in range(3):
+    summary = run(f"dmd2_ring8.py:seed={seed}", tmp_path / str(seed))
+    assert score(summary, "modes", "student", 1) == 8
+    gaussian = [
+      r["value"]
+      for r in summary["floors"]
+      if r["model"].startswith("floor: Gaussian")
+      and r["metric"] == "sliced_wasserstein"
+    ]
+    reached = score(summary, "sliced_wasserstein", "student", 1)
+    assert reached < 0.5 * gaussian[0]
 
 
 @pytest.mark.slow
