@@ -10,9 +10,11 @@ from distilljax.models.network import (
     transfer,
     with_head,
 )
+from distilljax.models.transformer import KVCache, output_head
 from distilljax.models.zoo import make
 
 __all__ = [
+    "KVCache",
     "Network",
     "count_params",
     "feature_dim",
@@ -20,6 +22,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "make",
+    "output_head",
     "transfer",
     "with_head",
 ]

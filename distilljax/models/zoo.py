@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from distilljax import _checks
-from distilljax.models import dit, head, layers, mlp, network, unet
+from distilljax.models import (
+    dit,
+    head,
+    layers,
+    mlp,
+    network,
+    transformer,
+    unet,
+)
 
 _MODULES = {
     "dit": dit.DiT,
     "head": head.Head,
     "mlp": mlp.MLP,
+    "transformer": transformer.Transformer,
     "unet": unet.UNet,
 }
 
@@ -20,15 +29,17 @@ _MODULES = {
 def make(kind: str, key: jax.Array, **hyper: Any) -> network.Network:
   """A network of the zoo with fresh parameters.
 
-  All but "head" share one call form: `apply_fn(params, x, t, *, label=None,
-  r=None, features=False)`. They compute in the dtype of their parameters
+  "mlp", "unet" and "dit" share one call form: `apply_fn(params, x, t, *,
+  label=None, r=None, features=False)`. All compute in the dtype of their
+  parameters
   (float32 as made here) and return at least float32.
 
   Args:
-    kind: "mlp", "unet", "dit", or "head" (features -> logits [b]).
+    kind: "mlp", "unet", "dit", "transformer" (tokens [b, l] -> logits [b, l,
+      v]) or "head" (features -> logits [b]).
     key: random key of the initial values.
     **hyper: hyper-parameters of that module, plain values; see the classes
-      `MLP`, `UNet`, `DiT`, `Head`. A list stands for a tuple.
+      `MLP`, `UNet`, `DiT`, `Transformer`, `Head`. A list stands for a tuple.
 
   Returns:
     `Network(apply_fn, params)`. The call may be traced: `jax.jit(lambda key:

@@ -1,0 +1,394 @@
+"""A decoder-only language model in the layout of Qwen3, with a KV cache."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distilljax import _checks
+from distilljax.models import layers
+from distilljax.typing import Params
+
+
+class KVCache(NamedTuple):
+  """What a decoder keeps of the tokens it has read; a pytree.
+
+  Every leaf with axes has the batch first, so that a row can be repeated or
+  picked by `jax.tree.map`; `index` alone has none.
+
+  Attributes:
+    keys: one array a block [b, kv_heads, size, head_dim], after RoPE.
+    values: one array a block [b, kv_heads, size, head_dim].
+    where: slots that hold a token, bool [b, size]; false is left padding or not
+      yet written.
+    index: next slot to write, int32 scalar, the same for all rows.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+  where: jax.Array
+  index: jax.Array
+
+
+class _Dense(nnx.Module):
+  """x W over the last axis, no bias; W normal with the given deviation."""
+
+  def __init__(self, inputs: int, outputs: int, *, std: float, rngs):
+    self.kernel = layers.normal(rngs, (inputs, outputs), std)
+
+  def __call__(self, x):
+    return x @ self.kernel[...]
+
+
+class _RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+
+  def __init__(self, width: int, *, eps: float):
+    self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
+    self.eps = eps
+
+  def __call__(self, x):
+    full = _checks.at_least_float32(x)
+    mean = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
+    out = (full * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
+    return out * self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class _Embedding(nnx.Module):
+  """A table of vectors [v, d]."""
+
+  def __init__(self, rows: int, width: int, *, rngs):
+    self.weight = layers.normal(rngs, (rows, width), width**-0.5)
+
+  def __call__(self, ids):
+    # An id outside the table gives NaN, not its neighbour's vector.
+    return jnp.take(self.weight[...], ids, axis=0, mode="fill")
+
+
+def rotary_angles(positions, head_dim: int, base: float):
+  """Angles p / base^(2 i / head_dim) of positions [b, l], [b, l, hd/2]."""
+  half = head_dim // 2
+  dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+  frequencies = jnp.exp(
+      jnp.arange(half, dtype=dtype) * (-math.log(base) / half)
+  )
+  return positions.astype(dtype)[..., None] * frequencies[None, None]
+
+
+def rotate(x, cos, sin):
+  """Turns the pairs (x_i, x_{i + hd/2}) of [b, l, n, hd] by [b, l, hd/2]."""
+  cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+      [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+class _Attention(nnx.Module):
+  """Causal attention with grouped keys, RoPE and norms of each head."""
+
+  def __init__(
+      self, width, heads, kv_heads, head_dim, *, qk_norm, eps, std, rngs
+  ):
+    self.kv_heads, self.head_dim = kv_heads, head_dim
+    self.groups = heads // kv_heads
+    inner = heads * head_dim
+    kv = kv_heads * head_dim
+    self.q_proj = _Dense(width, inner, std=width**-0.5, rngs=rngs)
+    self.k_proj = _Dense(width, kv, std=width**-0.5, rngs=rngs)
+    self.v_proj = _Dense(width, kv, std=width**-0.5, rngs=rngs)
+    self.o_proj = _Dense(inner, width, std=std * inner**-0.5, rngs=rngs)
+    self.qk_norm = qk_norm
+    if qk_norm:
+      self.q_norm = _RMSNorm(head_dim, eps=eps)
+      self.k_norm = _RMSNorm(head_dim, eps=eps)
+
+  def __call__(self, x, cos, sin, allowed, kv, index):
+    """[b, l, d], and the cache of this block with the new keys in it."""
+    b, l, _ = x.shape
+    q = self.q_proj(x).reshape(b, l, -1, self.head_dim)
+    k = self.k_proj(x).reshape(b, l, -1, self.head_dim)
+    v = self.v_proj(x).reshape(b, l, -1, self.head_dim)
+    if self.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if kv is not None:
+      start = (0, 0, index, 0)
+      k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
+      v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
+      kv = (k, v)
+    # [b, kv_heads, groups * l, hd]: the heads of a group read the same keys.
+    q = q.reshape(b, l, self.kv_heads, self.groups, self.head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(b, self.kv_heads, -1, self.head_dim)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(self.head_dim)
+    scores = _checks.at_least_float32(scores)
+    scores = scores.reshape(b, self.kv_heads, self.groups, l, -1)
+    # Finite, so that a padding row, which sees no key, is no NaN.
+    scores = jnp.where(
+        allowed[:, None, None], scores, jnp.finfo(scores.dtype).min
+    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = weights.reshape(b, self.kv_heads, self.groups * l, -1)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    out = out.reshape(b, self.kv_heads, self.groups, l, self.head_dim)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, l, -1)
+    return self.o_proj(out), kv
+
+
+class _MLP(nnx.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  def __init__(self, width, inner, *, std, rngs):
+    self.gate_proj = _Dense(width, inner, std=width**-0.5, rngs=rngs)
+    self.up_proj = _Dense(width, inner, std=width**-0.5, rngs=rngs)
+    self.down_proj = _Dense(inner, width, std=std * inner**-0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, width, mlp_width, *, eps, std, rngs, **attention):
+    self.input_layernorm = _RMSNorm(width, eps=eps)
+    self.self_attn = _Attention(width, eps=eps, std=std, rngs=rngs, **attention)
+    self.post_attention_layernorm = _RMSNorm(width, eps=eps)
+    self.mlp = _MLP(width, mlp_width, std=std, rngs=rngs)
+
+  def __call__(self, x, *context):
+    h, kv = self.self_attn(self.input_layernorm(x), *context)
+    x = x + h
+    return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Transformer(nnx.Module):
+  """Pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+  Call: `apply_fn(params, tokens, *, where=None, positions=None, cache=None,
+  last=False, features=False)` with tokens int [b, l].
+
+  * `where`, bool [b, l]: false at padding, which no token sees. Padding may be
+    on either side; with a cache it must be on the left.
+  * `positions`, int [b, l]: for RoPE. None counts the tokens that are not
+    padding, from 0 or from where the cache stands.
+  * `cache`: an int makes a cache of so many slots and writes the tokens into
+    it (prefill); a `KVCache` is read and continued (decoding, any l). Slots
+    beyond the size are a mistake that only shows in the numbers.
+  * `last`: logits of the last position only, [b, 1, v].
+  * `features`: the hidden states before the head too, after the last norm.
+
+  Returns logits [b, l, v], at least float32, row t predicting token t + 1; with
+  `features` (logits, hidden [b, l, d]), and a cache is appended where one was
+  given. Under jit, logits that are not used cost nothing: `hidden @
+  output_head(params)` is what they are, at any choice of positions.
+
+  The parameter names are Qwen3's, with `kernel` [in, out] for a linear map
+  where Qwen3 has `weight` [out, in].
+
+  Args:
+    vocab_size: v.
+    width: d, of the residual stream.
+    depth: number of blocks.
+    heads: number of query heads.
+    kv_heads: number of key and value heads, a divisor of `heads`; None means
+      `heads`.
+    head_dim: of a head, even; None means width / heads.
+    mlp_width: inner width of the SwiGLU; None means 3 * width, Qwen3's ratio.
+    rope_base: base of the rotary frequencies; Qwen3 has 1e6, here 1e4 for
+      short sequences.
+    norm_eps: of every RMSNorm.
+    qk_norm: RMSNorm of each head's queries and keys before RoPE (Qwen3).
+    tied: whether the head is the embedding, transposed.
+    rngs: NNX random streams.
+
+  References:
+    Qwen Team, Qwen3 Technical Report, 2025, arXiv:2505.09388, section 2.
+  """
+
+  def __init__(
+      self,
+      *,
+      vocab_size: int,
+      width: int = 64,
+      depth: int = 2,
+      heads: int = 4,
+      kv_heads: int | None = None,
+      head_dim: int | None = None,
+      mlp_width: int | None = None,
+      rope_base: float = 1e4,
+      norm_eps: float = 1e-6,
+      qk_norm: bool = True,
+      tied: bool = True,
+      rngs: layers.Draws | nnx.Rngs,
+  ):
+    name = "Transformer"
+    for argument, value in (
+        ("vocab_size", vocab_size),
+        ("depth", depth),
+        ("heads", heads),
+    ):
+      if value < 1:
+        _checks.fail(name, argument, ">= 1", value)
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+      _checks.fail(name, "kv_heads", f"a divisor of heads={heads}", kv_heads)
+    if head_dim is None:
+      if width % heads:
+        _checks.fail(
+            name,
+            "width",
+            f"a multiple of heads={heads} (or pass head_dim)",
+            width,
+        )
+      head_dim = width // heads
+    if head_dim < 2 or head_dim % 2:
+      _checks.fail(name, "head_dim", "even and >= 2", head_dim)
+    self.vocab_size = vocab_size
+    self.kv_heads, self.head_dim = kv_heads, head_dim
+    self.rope_base = rope_base
+    self.tied = tied
+    # The sum of 2 * depth branches starts as large as one of them.
+    std = (2 * depth) ** -0.5
+    self.embed_tokens = _Embedding(vocab_size, width, rngs=rngs)
+    self.layers = nnx.List([
+        _Block(
+            width,
+            3 * width if mlp_width is None else mlp_width,
+            eps=norm_eps,
+            std=std,
+            rngs=rngs,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            qk_norm=qk_norm,
+        )
+        for _ in range(depth)
+    ])
+    self.norm = _RMSNorm(width, eps=norm_eps)
+    if not tied:
+      self.lm_head = _Dense(width, vocab_size, std=width**-0.5, rngs=rngs)
+
+  def _empty(self, b: int, size: int, dtype) -> KVCache:
+    shape = (b, self.kv_heads, size, self.head_dim)
+    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in self.layers)
+    return KVCache(
+        empty(),
+        empty(),
+        jnp.zeros((b, size), bool),
+        jnp.zeros((), jnp.int32),
+    )
+
+  def __call__(
+      self,
+      tokens,
+      *,
+      where=None,
+      positions=None,
+      cache=None,
+      last=False,
+      features=False,
+  ):
+    """Logits; see the class."""
+    name = "Transformer"
+    _checks.rank(name, "tokens", tokens, 2, "[b, l]")
+    _checks.integer(name, tokens=tokens)
+    _checks.nonempty(name, tokens=tokens)
+    tokens = jnp.asarray(tokens)
+    b, l = tokens.shape
+    _checks.holds(
+        name,
+        "tokens",
+        tokens,
+        lambda x: (x >= 0) & (x < self.vocab_size),
+        f"in [0, {self.vocab_size - 1}]",
+    )
+    if where is None:
+      where = jnp.ones((b, l), bool)
+    _checks.boolean(name, where=where)
+    _checks.shape(name, "where", where, (b, l), "[b, l]", "tokens")
+    dtype = self.embed_tokens.weight[...].dtype
+    if isinstance(cache, int):
+      if cache < l:
+        _checks.fail(name, "cache", f">= {l}, the tokens to read", cache)
+      cache = self._empty(b, cache, dtype)
+    if cache is None:
+      before = jnp.zeros((b, 1), jnp.int32)
+      step = jnp.arange(l)
+      allowed = where[:, None, :] & (step[None, :] <= step[:, None])[None]
+    else:
+      size = cache.where.shape[1]
+      _checks.shape(
+          name, "cache.where", cache.where, (b, size), "[b, size]", "tokens"
+      )
+      before = jnp.sum(cache.where, axis=1, keepdims=True, dtype=jnp.int32)
+      kept = jax.lax.dynamic_update_slice(cache.where, where, (0, cache.index))
+      slot = jnp.arange(size, dtype=jnp.int32)
+      query = cache.index + jnp.arange(l, dtype=jnp.int32)
+      allowed = kept[:, None, :] & (slot[None, :] <= query[:, None])[None]
+    if positions is None:
+      seen = jnp.cumsum(where, axis=1, dtype=jnp.int32)
+      positions = before + jnp.maximum(seen - 1, 0)
+    else:
+      _checks.integer(name, positions=positions)
+      _checks.shape(name, "positions", positions, (b, l), "[b, l]", "tokens")
+    angles = rotary_angles(
+        jnp.asarray(positions), self.head_dim, self.rope_base
+    )
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    h = self.embed_tokens(tokens)
+    keys, values = [], []
+    for i, block in enumerate(self.layers):
+      kv = None if cache is None else (cache.keys[i], cache.values[i])
+      h, kv = block(
+          h, cos, sin, allowed, kv, None if cache is None else cache.index
+      )
+      if kv is not None:
+        keys.append(kv[0])
+        values.append(kv[1])
+    h = self.norm(h)
+    head = (
+        self.embed_tokens.weight[...].T
+        if self.tied
+        else self.lm_head.kernel[...]
+    )
+    logits = jnp.einsum(
+        "bld,dv->blv",
+        h[:, -1:] if last else h,
+        head,
+        preferred_element_type=jnp.promote_types(h.dtype, jnp.float32),
+    )
+    out = (logits,)
+    if features:
+      out += (_checks.at_least_float32(h),)
+    if cache is not None:
+      out += (KVCache(tuple(keys), tuple(values), kept, cache.index + l),)
+    return out if len(out) > 1 else logits
+
+
+def output_head(params: Params) -> jax.Array:
+  """The map from hidden states to logits of a `Transformer`, [d, v].
+
+  `hidden @ output_head(params)` are the logits; of the embedding, transposed,
+  where the head is tied. For losses that pick positions first or never hold
+  the logits.
+
+  Args:
+    params: of a "transformer" of the zoo.
+
+  Returns:
+    The kernel, shape [d, v].
+
+  Raises:
+    ValueError: parameters of another network.
+  """
+  if "lm_head" in params:
+    return params["lm_head"]["kernel"]
+  if "embed_tokens" not in params:
+    _checks.fail(
+        "output_head", "params", "those of a 'transformer'", sorted(params)
+    )
+  return params["embed_tokens"]["weight"].T
