@@ -1,12 +1,14 @@
 """Mutation check: how many small faults in the library do its tests notice?
 
 python -m tests.tools.mutate [module ...] [--sample N] [--seed S] [--jobs 2]
+python -m tests.tools.mutate --readers --report docs/mutation_report.md
 
 A mutant is one module with one fault: an operator, a sign, a comparison or a
 constant changed, a stop_gradient, mask, weight or check dropped. It is killed
 when a test fails (or hangs). Survivors are listed; those that no test could
 kill, because the program is the same, stand in `equivalent_mutants.txt` with a
-reason and are not counted.
+reason and are not counted. `--readers` adds the golden readers: a fault in one
+must make its own golden test red.
 
 How it is fast: this process imports everything but starts no backend, and forks
 once a mutant; the child imports the mutated module and what depends on it, and
@@ -14,6 +16,11 @@ runs pytest inside itself until the first failure, compiling only programs that
 the fault changed (the others come from a cache on disk). A first run with a
 probe before every statement tells which tests reach which line, so that only
 those run, likely killers first.
+
+A run can be stopped and started again: verdicts are kept in `--cache`. One is
+used again while the definition that holds the fault is unchanged and so is the
+test that killed it (for a survivor: all files of its tests); `--fresh` asks for
+all of them anew.
 """
 
 import argparse
@@ -41,6 +48,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 HERE = pathlib.Path(__file__).resolve().parent
 EQUIVALENT = HERE / "equivalent_mutants.txt"
+SURVIVORS = HERE / "surviving_mutants.txt"
 LOSSES = (
     "adversarial",
     "consistency",
@@ -53,6 +61,15 @@ PROCESSES = ("guidance", "path", "samplers", "time")
 MODULES = tuple(f"distilljax.losses.{m}" for m in LOSSES) + tuple(
     f"distilljax.processes.{m}" for m in PROCESSES
 )
+_READERS = "tests.golden_readers."
+READERS = (
+    "anyflow", "diff_instruct", "distillation_dpo", "dmd2_edm", "dmd2_sd",
+    "ect", "fastgen_dmd2_step", "fastgen_losses", "fastgen_schedules",
+    "flow_maps", "gdd", "ict", "mdt_dist", "meanflow", "phased_dmd", "rcm",
+    "scm", "self_forcing", "sid", "vsd",
+)  # fmt: skip
+# What a reader says of itself: no code.
+_TABLES = ("CALLS", "NOT_REPRODUCED", "TOLERANCE", "OPTIMISED")
 # Beside a module's own tests (tests/<folder>/<module>_test.py): every file here
 # whose tests reach the module.
 SHARED_TESTS = ("tests/oracles/closed_form_test.py",)
@@ -201,7 +218,10 @@ class _Finder(ast.NodeVisitor):
 
   def visit_Assign(self, node: ast.Assign) -> None:
     alias = not self._function and isinstance(node.value, ast.Subscript)
-    if not alias:  # a type, such as Literal["sum", "mean"]
+    table = self._module.startswith(_READERS) and any(
+        isinstance(t, ast.Name) and t.id in _TABLES for t in node.targets
+    )
+    if not alias and not table:  # a type, such as Literal["sum", "mean"]
       self.visit(node.value)
 
   def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
@@ -434,6 +454,13 @@ class _Plugin:
     self._report.write_text(json.dumps(out))
 
 
+def _digest(*parts: bytes) -> str:
+  out = hashlib.sha256()
+  for part in parts:
+    out.update(hashlib.sha256(part).digest())
+  return out.hexdigest()[:24]
+
+
 def _print(text: str) -> None:
   print(text, flush=True)
 
@@ -528,25 +555,30 @@ class Checker:
   # -- which tests reach what ----------------------------------------------
   def prepare(self, log=_print) -> None:
     """Runs the tests with probes, once for every state of the files."""
-    everything = hashlib.sha256()
-    for source in self._sources.values():
-      everything.update(source)
     files = list(dict.fromkeys(f for fs in self._tests.values() for f in fs))
-    probes = {m: _probe(m, source) for m, source in self._sources.items()}
+    own = {m: _probe(m, source) for m, source in self._sources.items()}
+    now = {m: _digest(source) for m, source in self._sources.items()}
     self._import()
     for file in files:
-      key = everything.copy()
-      key.update(file.encode())
-      for path in self._made_of(file):
-        key.update(path.read_bytes())
-      saved = self._cache / f"coverage_{key.hexdigest()[:24]}.json"
-      if not saved.exists():
+      made_of = self._made_of(file)
+      key = _digest(file.encode(), *(path.read_bytes() for path in made_of))
+      saved = self._cache / f"coverage_{key}.json"
+      entry = json.loads(saved.read_text()) if saved.exists() else {}
+      if any(now.get(m, v) != v for m, v in entry.get("reached", {}).items()):
+        entry = {}
+      if not entry:
         start = time.monotonic()
         report = self._reports / "coverage.json"
         limit = resource.RLIM_INFINITY
+        probes = {
+            m: source
+            for m, source in own.items()
+            if not m.startswith(_READERS) or self._path(m) in made_of
+        }
         pid = self._fork(probes, [file], None, report, [], limit)
         _, status, usage = os.wait4(pid, 0)
-        broken = json.loads(report.read_text())["failed"]
+        entry = json.loads(report.read_text())
+        broken = entry["failed"]
         if broken:
           text = report.with_suffix(".log").read_text()[-3000:]
           log(f"left out, fails without any fault: {broken}\n{text}")
@@ -554,8 +586,10 @@ class Checker:
             f"{file}: tests reached in {time.monotonic() - start:.0f} s"
             f" ({usage.ru_utime + usage.ru_stime:.0f} CPU s)"
         )
-        report.rename(saved)
-      self._coverage[file] = json.loads(saved.read_text())
+        reached = {m for t in entry["tests"].values() for m in t["hits"]}
+        entry["reached"] = {m: now[m] for m in sorted(reached)}
+        saved.write_text(json.dumps(entry))
+      self._coverage[file] = entry
     self._import()
 
   def _made_of(self, file: str) -> list[pathlib.Path]:
@@ -571,6 +605,7 @@ class Checker:
     """What the children need, without what is under test or starts devices."""
     names = {n for c in self._coverage.values() for n in c["imported"]}
     ours = {m.split(".")[0] for m in self._sources} | {"tests", "__main__"}
+    names = {n for n in names if n.split(".")[0] != "tests"}
     for point in importlib.metadata.entry_points(group="pytest11"):
       names.add(point.module)
     files = {f.split("::")[0] for fs in self._tests.values() for f in fs}
@@ -634,6 +669,66 @@ class Checker:
               entry["seconds"],
           )
     return found
+
+  # -- verdicts that are kept ------------------------------------------------
+  def _verdict_key(self, mutant: Mutant) -> str:
+    """Changes with the definition that holds the fault."""
+    source = self._sources[mutant.module]
+    lines = source.splitlines(keepends=True)
+    part = source
+    if mutant.function != "<module>":
+      for node in ast.parse(source).body:
+        if node.lineno <= mutant.line <= node.end_lineno:
+          part = b"".join(lines[node.lineno - 1 : node.end_lineno])
+    return _digest(mutant.name.encode(), part)
+
+  def _witness(self, mutant: Mutant, killer: str) -> str:
+    """Changes with what the verdict came from: a test, or the lack of one."""
+    file, _, test = killer.partition("::")
+    if killer and not test:
+      return ""  # a signal, or the import: no test
+    if not killer:
+      files = self._tests[mutant.module]
+      paths = dict.fromkeys(p for f in files for p in self._made_of(f))
+      return _digest(*(path.read_bytes() for path in paths))
+    if "[" in test and "golden" in file:
+      return _digest(*(path.read_bytes() for path in self._made_of(killer)))
+    if not (self._root / file).exists():
+      return "gone"
+    text = (self._root / file).read_text()
+    name = test.split("[")[0].split("::")[-1]
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef) and node.name == name:
+        return _digest(ast.unparse(node).encode())
+    return "gone"
+
+  def known(self, mutants: Iterable[Mutant]) -> dict[Mutant, str]:
+    """{mutant: its killer or ""} for the verdicts that still hold."""
+    saved, out = {}, {}
+    path = self._cache / "verdicts.jsonl"
+    if path.exists():
+      for line in path.read_text().splitlines():
+        key, killer, witness = json.loads(line)
+        saved[key] = killer, witness
+    witnesses = {}
+    for mutant in mutants:
+      killer, witness = saved.get(self._verdict_key(mutant), (None, None))
+      if killer is None:
+        continue
+      place = killer or mutant.module
+      if place not in witnesses:
+        witnesses[place] = self._witness(mutant, killer)
+      if witnesses[place] == witness:
+        out[mutant] = killer
+        if killer:
+          self._killers[mutant.module, mutant.function][killer] += 1
+    return out
+
+  def remember(self, mutant: Mutant, killer: str) -> None:
+    """Keeps a verdict for the next run."""
+    entry = [self._verdict_key(mutant), killer, self._witness(mutant, killer)]
+    with (self._cache / "verdicts.jsonl").open("a") as file:
+      file.write(json.dumps(entry) + "\n")
 
   # -- one mutant ------------------------------------------------------------
   def _start(self, mutant: Mutant, whole: bool) -> tuple:
@@ -754,6 +849,8 @@ def read_equivalent(path: pathlib.Path) -> dict[str, str]:
 
 
 def _tests_of(root: pathlib.Path, module: str) -> tuple[str, ...]:
+  if module.startswith(_READERS):
+    return (GOLDEN.format(module.removeprefix(_READERS)),)
   folder, name = module.split(".")[1:]
   own = f"tests/{folder}/{name}_test.py"
   beside = (
@@ -774,83 +871,157 @@ def _tests_of(root: pathlib.Path, module: str) -> tuple[str, ...]:
   return tuple(f for f in files if (root / f.split("::")[0]).exists())
 
 
+@dataclasses.dataclass
+class Result:
+  """What became of the mutants of a module."""
+
+  killed: int = 0
+  equivalent: int = 0
+  survivors: list[Mutant] = dataclasses.field(default_factory=list)
+
+  @property
+  def share(self) -> str:
+    """Killed of those that are faults."""
+    total = self.killed + len(self.survivors)
+    return f"{100 * self.killed / total:.1f} %" if total else "-"
+
+  def __add__(self, other: "Result") -> "Result":
+    return Result(
+        self.killed + other.killed,
+        self.equivalent + other.equivalent,
+        self.survivors + other.survivors,
+    )
+
+
 def check(
     checker: Checker,
     mutants: Sequence[Mutant],
     equivalent: dict[str, str],
     jobs: int,
     whole: bool = False,
+    fresh: bool = True,
     log=_print,
-) -> tuple[dict[str, list[int]], list[Mutant]]:
-  """Runs mutants; gives {module: [killed, total]} and the survivors.
+) -> dict[str, Result]:
+  """Runs mutants; gives {module: result}.
 
   `whole` tries a survivor again on all tests of its module's file, in case a
-  cache between tests kept the probes from seeing that one reaches it.
+  cache between tests kept the probes from seeing that one reaches it. Without
+  `fresh`, verdicts of earlier runs count. Stopped by the keyboard, it gives
+  what is known so far.
   """
   todo = [m for m in mutants if m.name not in equivalent]
-  counts = {m.module: [0, 0] for m in todo}
-  for mutant, killer, _ in checker.run(checker.faultless(), jobs, whole=True):
-    if killer:
-      raise SystemExit(f"{mutant.module}: {killer} fails without a fault")
-  suspects, cpu, start = [], [], time.monotonic()
-  for mutant, killer, seconds in checker.run(todo, jobs):
+  verdicts = {} if fresh else checker.known(todo)
+  if verdicts:
+    log(f"{len(verdicts)} of {len(todo)} verdicts are known")
+  todo = [m for m in todo if m not in verdicts]
+  cpu, start = [], time.monotonic()
+
+  def note(mutant, killer, seconds):
     cpu.append(seconds)
-    counts[mutant.module][1] += 1
-    if killer:
-      counts[mutant.module][0] += 1
-    else:
-      suspects.append(mutant)
     place = f"{mutant.name} (line {mutant.line})"
-    log(f"{len(cpu)}/{len(todo)} {seconds:.1f} s {killer or 'ALIVE'}: {place}")
-  survivors = [] if whole else suspects
-  again = suspects if whole else ()
-  for mutant, killer, seconds in checker.run(again, jobs, whole=True):
-    cpu.append(seconds)
-    if killer:
-      counts[mutant.module][0] += 1
-    else:
-      survivors.append(mutant)
+    log(
+        f"{len(verdicts) + 1} +{time.monotonic() - start:.0f} s,"
+        f" {seconds:.1f} CPU s, {killer or 'ALIVE'}: {place}"
+    )
+    verdicts[mutant] = killer
+    if not whole or killer:
+      checker.remember(mutant, killer)
+
+  if todo:
+    changed = {m.module for m in todo}
+    sane = [m for m in checker.faultless() if m.module in changed]
+    for mutant, killer, _ in checker.run(sane, jobs, whole=True):
+      if killer:
+        raise SystemExit(f"{mutant.module}: {killer} fails without a fault")
+  try:
+    for verdict in checker.run(todo, jobs):
+      note(*verdict)
+    again = [m for m in todo if whole and not verdicts[m]]
+    whole = False  # this time the verdict stands
+    for verdict in checker.run(again, jobs, whole=True):
+      note(*verdict)
+  except KeyboardInterrupt:
+    log("stopped")
   if cpu:
     log(
-        f"{len(todo)} mutants in {time.monotonic() - start:.0f} s,"
-        f" {sum(cpu) / len(todo):.2f} CPU s each"
+        f"{len(cpu)} mutants in {time.monotonic() - start:.0f} s,"
+        f" {sum(cpu) / len(cpu):.2f} CPU s each"
     )
-  return counts, sorted(survivors, key=lambda m: (m.module, m.start))
+  out = {m.module: Result() for m in mutants}
+  for mutant in sorted(mutants, key=lambda m: (m.module, m.start)):
+    result = out[mutant.module]
+    if mutant.name in equivalent:
+      result.equivalent += 1
+    elif verdicts.get(mutant):
+      result.killed += 1
+    elif mutant in verdicts:
+      result.survivors.append(mutant)
+  return out
 
 
-def summary(counts, survivors, listed: int) -> str:
+def summary(results: dict[str, Result], reasons: dict[str, str]) -> str:
   """The report's table and list, in Markdown."""
-  lines = ["| module | killed | mutants | share |", "|---|---|---|---|"]
-  rows = [*sorted(counts.items())]
-  rows.append(("all", [sum(c) for c in zip(*counts.values())] or [0, 0]))
-  for name, (killed, total) in rows:
-    share = f"{100 * killed / total:.1f} %" if total else "-"
-    lines.append(f"| {name} | {killed} | {total} | {share} |")
-  lines += ["", f"Known equivalent mutants, not counted: {listed}.", ""]
-  lines += ["Survivors:" if survivors else "No survivors."]
-  lines += [f"- line {m.line}: `{m.name}`" for m in survivors]
-  return "\n".join(lines)
+  lines = [
+      "| module | mutants | killed | equivalent | survivors | share killed |",
+      "|---|---|---|---|---|---|",
+  ]
+
+  def row(name, result):
+    counts = (result.killed, result.equivalent, len(result.survivors))
+    cells = (name, sum(counts), *counts, result.share)
+    lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+
+  parts = collections.defaultdict(Result)
+  for name, result in results.items():
+    row(name.removeprefix("distilljax.").removeprefix("tests."), result)
+    reader = name.startswith(_READERS)
+    parts["all readers" if reader else "all of the library"] += result
+  for name, result in parts.items():
+    row(f"**{name}**", result)
+  survivors = [m for r in results.values() for m in r.survivors]
+  lines += ["", "Survivors:" if survivors else "No survivors.", ""]
+  for mutant in survivors:
+    why = reasons.get(mutant.name, "no test tells it from the program")
+    lines.append(f"- `{mutant.name}`: {why}")
+  return "\n".join(lines).strip()
+
+
+REPORT = """# Mutation check
+
+Written by `{command}`.
+
+A mutant is one module with one small fault: an operator, a sign, a comparison
+or a constant changed, a stop_gradient, mask, weight or check dropped. It is
+killed when a quick test fails. Equivalent mutants are the same program in other
+words; `tests/tools/equivalent_mutants.txt` gives the reason for each, and they
+do not count in the share. A fault in a golden reader must make its own golden
+test red.{sampled}
+
+{summary}
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("module", nargs="*", help="e.g. losses.feature")
-  parser.add_argument("--sample", type=int, help="mutants, at random")
+  parser.add_argument("--sample", type=int, help="mutants a module, at random")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--jobs", type=int, default=2)
   parser.add_argument("--timeout", type=float, default=60, help="CPU seconds")
   parser.add_argument("--cache", help="folder that is kept between runs")
   parser.add_argument("--only", help="part of the name of the mutants to run")
   parser.add_argument("--whole", action="store_true", help="see `check`")
+  parser.add_argument("--fresh", action="store_true", help="no kept verdicts")
+  parser.add_argument("--known", action="store_true", help="kept verdicts only")
+  parser.add_argument("--readers", action="store_true", help="golden ones too")
   parser.add_argument("--list", action="store_true", help="names only")
-  parser.add_argument("--output", help="file for the summary")
+  parser.add_argument("--report", help="Markdown file to write")
   args = parser.parse_args(arguments)
   root = HERE.parents[1]
-  modules = [
-      m if m.startswith("distilljax.") else f"distilljax.{m}"
-      for m in args.module
-  ] or list(MODULES)
+  modules = [_full_name(m) for m in args.module] or list(MODULES)
+  if args.readers:
+    modules += [_READERS + name for name in READERS]
   default = pathlib.Path(tempfile.gettempdir(), f"mutate_{os.getuid()}")
   cache = pathlib.Path(args.cache or default)
   cache.mkdir(parents=True, exist_ok=True)
@@ -875,20 +1046,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
   equivalent = read_equivalent(EQUIVALENT)
   everything = len(mutants)
-  if args.sample is not None and args.sample < everything:
-    mutants = random.Random(args.seed).sample(mutants, args.sample)
-  print(f"{len(mutants)} of {everything} mutants, seed {args.seed}")
-  checker.prepare()
-  counts, survivors = check(
-      checker, mutants, equivalent, args.jobs, args.whole
+  if args.sample is not None:
+    mutants = [
+        mutant
+        for module in modules
+        for mutant in _sample(
+            [m for m in mutants if m.module == module], args.sample, args.seed
+        )
+    ]
+  _print(f"{len(mutants)} of {everything} mutants, seed {args.seed}")
+  if args.known:
+    listed = [m for m in mutants if m.name in equivalent]
+    mutants = [*checker.known(m for m in mutants if m not in listed), *listed]
+  else:
+    checker.prepare()
+  results = check(
+      checker, mutants, equivalent, args.jobs, args.whole, args.fresh
   )
   checker.close()
-  listed = sum(m.name in equivalent for m in mutants)
-  text = summary(counts, survivors, listed)
+  text = summary(results, read_equivalent(SURVIVORS))
   print(text)
-  if args.output:
-    pathlib.Path(args.output).write_text(text + "\n")
-  return int(bool(survivors))
+  if args.report:
+    given = " ".join(sys.argv[1:] if arguments is None else arguments)
+    missing = everything - sum(
+        r.killed + r.equivalent + len(r.survivors) for r in results.values()
+    )
+    sampled = ""
+    if missing:
+      sampled = f"\n\n{missing} of {everything} mutants were not run."
+    if args.sample is not None:
+      sampled += (
+          f" At most {args.sample} a module, drawn with seed {args.seed}."
+      )
+    pathlib.Path(args.report).write_text(
+        REPORT.format(
+            command=f"python -m tests.tools.mutate {given}",
+            sampled=sampled,
+            summary=text,
+        )
+    )
+  return int(any(r.survivors for r in results.values()))
+
+
+def _full_name(module: str) -> str:
+  if module.startswith("golden_readers."):
+    return f"tests.{module}"
+  known = module.startswith(("distilljax.", "tests."))
+  return module if known else f"distilljax.{module}"
+
+
+def _sample(mutants: list[Mutant], n: int, seed: int) -> list[Mutant]:
+  if n >= len(mutants):
+    return mutants
+  return random.Random(seed).sample(mutants, n)
 
 
 FLAGS = (
