@@ -7,11 +7,29 @@ from distilljax.lm.alignment import (
     token_bytes,
     word_boundaries,
 )
+from distilljax.lm.rollout import (
+    Rollout,
+    Step,
+    generate,
+    make_sampler,
+    rollout_logits,
+    sampling_logits,
+)
+from distilljax.lm.tokens import completion_logits, pad, token_log_probs
 
 __all__ = [
     "ChunkAlignment",
+    "Rollout",
+    "Step",
     "align_chunks",
+    "completion_logits",
+    "generate",
+    "make_sampler",
+    "pad",
     "pad_alignments",
+    "rollout_logits",
+    "sampling_logits",
     "token_bytes",
+    "token_log_probs",
     "word_boundaries",
 ]
