@@ -136,7 +136,6 @@ def completion_logits(
   _checks.rank(fn, "prompts", prompts, 2, "[n, p]")
   _checks.rank(fn, "tokens", tokens, 2, "[n, t]")
   _checks.nonempty(fn, prompts=prompts, tokens=tokens)
-  _checks.per_row(fn, "prompts", prompts, **{})
   if jnp.shape(prompts)[0] != jnp.shape(tokens)[0]:
     _checks.fail(
       fn,
