@@ -15,13 +15,20 @@ from distilljax.lm.rollout import (
     rollout_logits,
     sampling_logits,
 )
+from distilljax.lm.startup_check import (
+    Settings,
+    check_settings,
+    tokenizer_fingerprint,
+)
 from distilljax.lm.tokens import completion_logits, pad, token_log_probs
 
 __all__ = [
     "ChunkAlignment",
     "Rollout",
+    "Settings",
     "Step",
     "align_chunks",
+    "check_settings",
     "completion_logits",
     "generate",
     "make_sampler",
@@ -31,5 +38,6 @@ __all__ = [
     "sampling_logits",
     "token_bytes",
     "token_log_probs",
+    "tokenizer_fingerprint",
     "word_boundaries",
 ]
