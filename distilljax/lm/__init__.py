@@ -7,6 +7,7 @@ from distilljax.lm.alignment import (
     token_bytes,
     word_boundaries,
 )
+from distilljax.lm.drift_stop import DriftState, drift_stop
 from distilljax.lm.rollout import (
     Rollout,
     Step,
@@ -24,12 +25,14 @@ from distilljax.lm.tokens import completion_logits, pad, token_log_probs
 
 __all__ = [
     "ChunkAlignment",
+    "DriftState",
     "Rollout",
     "Settings",
     "Step",
     "align_chunks",
     "check_settings",
     "completion_logits",
+    "drift_stop",
     "generate",
     "make_sampler",
     "pad",
