@@ -86,6 +86,11 @@ def _difference(fn: str, a: Array, b: Array) -> Array:
   return a - b.astype(a.dtype)
 
 
+def _magnitude(x: Array) -> Array:
+  """|x| with slope 0 at 0, where jnp.abs has 1."""
+  return x * jnp.sign(x)
+
+
 def squared_distance(
     a: Float[Array, "b *s"],
     b: Float[Array, "b *s"],
@@ -129,7 +134,8 @@ def absolute_distance(
     elements: "mean" or "sum" over the non-batch axes.
 
   Returns:
-    The distance of every row, shape [b], at least float32; 0 where a = b.
+    The distance of every row, shape [b], at least float32; 0 where a = b, and
+    so is the gradient.
 
   Raises:
     ValueError: shapes that differ, an empty batch, an unknown `elements`.
@@ -141,20 +147,21 @@ def absolute_distance(
   """
   fn = "absolute_distance"
   _checks.one_of(fn, "elements", elements, _ELEMENTS)
-  return _reduce(jnp.abs(_difference(fn, a, b)), elements)
+  return _reduce(_magnitude(_difference(fn, a, b)), elements)
 
 
 def max_distance(
     a: Float[Array, "b *s"], b: Float[Array, "b *s"]
 ) -> Float[Array, "b"]:
-  """Largest |a - b| of a row.
+  """Largest |a - b| of a row; the first of equal ones gets the gradient.
 
   Args:
     a: one batch. Shape [b, *s].
     b: the other; nothing is stop-gradient here. Shape [b, *s].
 
   Returns:
-    The distance of every row, shape [b], at least float32; 0 where a = b.
+    The distance of every row, shape [b], at least float32; 0 where a = b, and
+    so is the gradient.
 
   Raises:
     ValueError: shapes that differ, an empty batch.
@@ -165,7 +172,12 @@ def max_distance(
     [3.0]
   """
   difference = _difference("max_distance", a, b)
-  return jnp.max(jnp.abs(difference), axis=_rows(difference))
+  flat = difference.reshape(difference.shape[0], -1)
+  # Not jnp.max: its gradient looks for the elements that equal the maximum, and
+  # where the compiler computes the difference twice, rounded differently, there
+  # is none and it is 0 / 0.
+  place = jnp.argmax(jnp.abs(flat), axis=1, keepdims=True)
+  return _magnitude(jnp.take_along_axis(flat, place, axis=1)[:, 0])
 
 
 def pseudo_huber(

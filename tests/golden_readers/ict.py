@@ -12,10 +12,6 @@ _PD = r"pd_(l1|l2|linf)_(uniform|snr|snrp1|truncated_snr)"
 _CONT = r"cont_(l1|l2)_(sg|nosg)_(cd|ct)"
 _GRAD = r"_grad(student|target)?_.*"
 
-# Unoptimised, the gradient of the maximum norm meets 0 * inf where the fused
-# program does not (jax_disable_most_optimizations, JAX 0.10.2 on CPU).
-OPTIMISED = True
-
 CALLS = {
     "wrap_denoiser": "losses.edm_scalings",
     "wrap_distiller(_at_tmin)?": "losses.edm_scalings(sigma_min)",

@@ -56,6 +56,24 @@ def test_distances_by_hand(x64, strict, elements):
   )
 
 
+def test_max_distance_has_one_subgradient(x64, strict):
+  a = jnp.array([[[1.0, -3.0], [3.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]]])
+  out, grad = jax.value_and_grad(
+      lambda a: jnp.sum(losses.max_distance(a, jnp.zeros_like(a)))
+  )(a)
+  assert float(out) == 3.0
+  # The first of the two largest elements, and nothing where a = b.
+  np.testing.assert_array_equal(grad[0], [[0, -1], [0, 0]])
+  np.testing.assert_array_equal(grad[1], 0)
+  assert losses.max_distance(a, a).shape == (2,)
+
+
+def test_absolute_distance_has_slope_zero_at_zero(strict):
+  a = jnp.array([[2.0, 0.0, -1.0]])
+  grad = jax.grad(lambda a: jnp.sum(losses.absolute_distance(a, 0 * a)))(a)
+  np.testing.assert_allclose(grad, [[1 / 3, 0, -1 / 3]], rtol=1e-6)
+
+
 def test_distances_default_to_the_mean():
   a = 2 * jnp.ones((1, 2, 2))
   assert losses.squared_distance(a, 0 * a).tolist() == [4.0]
