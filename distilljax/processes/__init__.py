@@ -5,6 +5,7 @@ from distilljax.processes.guidance import (
     guidance_from,
     guide,
     guided,
+    rescale_guidance,
     sample_guidance,
 )
 from distilljax.processes.path import (
@@ -77,6 +78,7 @@ __all__ = [
     "ordered_pair",
     "phase_intervals",
     "predict_and_renoise",
+    "rescale_guidance",
     "sample_any_flow_times",
     "sample_guidance",
     "sample_levels",

@@ -13,6 +13,8 @@ from distilljax.processes import time as time_lib
 from distilljax.typing import Array, Float, Key, Number, PredictionFn
 
 CONVENTIONS = ("interpolation", "extra", "mean_flow")
+_MEASURES = ("std", "norm")
+_OVER = ("row", "last", "batch")
 
 
 def guide(
@@ -76,6 +78,80 @@ def guided(
     return guide(uncond_fn(x, t), cond_fn(x, t), guidance)
 
   return fn
+
+
+def rescale_guidance(
+    guided: Float[Array, "b *s"],
+    cond: Float[Array, "b *s"],
+    *,
+    share: Number = 0.7,
+    measure: str = "std",
+    over: str = "row",
+) -> Float[Array, "b *s"]:
+  """Gives a guided prediction back the size of the conditional one.
+
+  guided (share m(cond) / m(guided) + 1 - share), with m the standard deviation
+  or the l2 norm. Large guidance scales the prediction up and so overexposes the
+  sample; its direction is kept here, its size is not. Where m(guided) = 0 the
+  prediction is left alone.
+
+  Args:
+    guided: what `guide` gave. Shape [b, *s].
+    cond: the conditional prediction in it. Shape [b, *s].
+    share: phi, in [0, 1]: 0 changes nothing, 1 is the size of `cond`.
+    measure: "std" (of the paper), or "norm".
+    over: "row" (one factor a row, of the paper), "last" (one for every vector
+      along the last axis) or "batch" (one for all: rows then depend on how the
+      batch is cut).
+
+  Returns:
+    The rescaled prediction, shape [b, *s], at least float32.
+
+  Raises:
+    ValueError: shapes that differ, an empty batch, share outside [0, 1], an
+      unknown measure or axis.
+
+  References:
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed,
+    2023, arXiv:2305.08891, eqs. 14-16 (phi = 0.7). The norms over the last axis
+    and over everything, with share 1, are those of Phased DMD's released
+    trainer (arXiv:2510.27684).
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> guided, cond = jnp.array([[6.0, 8.0]]), jnp.array([[3.0, 4.0]])
+    >>> rescale_guidance(guided, cond, share=1.0, measure="norm")
+    Array([[3., 4.]], dtype=float32)
+  """
+  fn = "rescale_guidance"
+  _checks.floating(fn, guided=guided, cond=cond)
+  _checks.same_shape(fn, guided=guided, cond=cond)
+  _checks.nonempty(fn, guided=guided)
+  _checks.one_of(fn, "measure", measure, _MEASURES)
+  _checks.one_of(fn, "over", over, _OVER)
+  _checks.in_range(fn, "share", share, 0, 1)
+  guided = _checks.at_least_float32(guided)
+  cond = _checks.at_least_float32(cond)
+  dtype = np.promote_types(guided.dtype, cond.dtype)
+  guided, cond = guided.astype(dtype), cond.astype(dtype)
+  axes = {
+      "row": tuple(range(1, guided.ndim)),
+      "last": (-1,),
+      "batch": tuple(range(guided.ndim)),
+  }[over]
+
+  def square(x):
+    if measure == "std":
+      x = x - jnp.mean(x, axes, keepdims=True)
+    return jnp.sum(jnp.square(x), axes, keepdims=True)
+
+  ours, wanted = square(guided), square(cond)
+  # The number of elements cancels in the ratio. Both roots have an infinite
+  # slope at 0, also where the result is not selected.
+  usable = (ours > 0) & (wanted > 0)
+  ratio = jnp.where(usable, wanted, 1) / jnp.where(usable, ours, 1)
+  ratio = jnp.where(usable, jnp.sqrt(ratio), jnp.where(ours > 0, 0.0, 1.0))
+  return guided * (1 + share * (ratio - 1))
 
 
 def guidance_from(

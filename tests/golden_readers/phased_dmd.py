@@ -1,5 +1,7 @@
 """Phased DMD's trainer: sub-interval kernel and target, DMD loss, guidance."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,13 +17,14 @@ CALLS = {
         "losses.surrogate_loss(dmd_direction(eps=0, floor=1e-4))"
     ),
     r"cfg_none": "processes.guide",
-}
-NOT_REPRODUCED = {
-    r"cfg_(layer_norm|scalar)": (
-        "guidance rescaled to the conditional's norm: an option of that trainer"
-        " which neither the card nor another method uses"
+    r"cfg_layer_norm": (
+        "processes.rescale_guidance(share=1, measure='norm', over='last')"
+    ),
+    r"cfg_scalar": (
+        "processes.rescale_guidance(share=1, measure='norm', over='batch')"
     ),
 }
+NOT_REPRODUCED = {}
 
 
 def reproduce(golden):
@@ -52,6 +55,11 @@ def reproduce(golden):
         a["latents"], a["teacher_x0"], a["fake_x0"]
     )
     pair = a["xs"], a["noise"], at_s, at_t
+    guided = processes.guide(a["cfg_uncond"], a["cfg_cond"], w)
+    rescaled = functools.partial(
+        processes.rescale_guidance, guided, a["cfg_cond"], share=1.0,
+        measure="norm",
+    )  # fmt: skip
     return {
         "alpha_t_given_s": alpha.reshape(shape),
         "sigma_t_given_s": sigma.reshape(shape),
@@ -63,7 +71,9 @@ def reproduce(golden):
         "euler_to_s": processes.euler(
             lambda x, t: a["velocity"], a["xs"], levels
         ),
-        "cfg_none": processes.guide(a["cfg_uncond"], a["cfg_cond"], w),
+        "cfg_none": guided,
+        "cfg_layer_norm": rescaled(over="last"),
+        "cfg_scalar": rescaled(over="batch"),
         "dmd_loss": loss,
         "dmd_grad": grad,
     }

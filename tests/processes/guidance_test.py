@@ -89,6 +89,98 @@ def test_sample_guidance():
     processes.sample_guidance(keys[0], choices=())
 
 
+def _by_loop(guided, cond, share, measure, over):
+  """Lin et al. eqs. 14-16, one group of elements after the other."""
+  out = np.empty_like(guided)
+  groups = {
+      "row": [(i,) for i in range(guided.shape[0])],
+      "last": list(np.ndindex(guided.shape[:-1])),
+      "batch": [()],
+  }[over]
+  size = np.std if measure == "std" else lambda x: np.sqrt((x**2).sum())
+  for i in groups:
+    rescaled = guided[i] * size(cond[i]) / size(guided[i])
+    out[i] = share * rescaled + (1 - share) * guided[i]
+  return out
+
+
+@pytest.mark.parametrize("over", ["row", "last", "batch"])
+@pytest.mark.parametrize("measure", ["std", "norm"])
+def test_rescale_guidance(measure, over, x64, strict):
+  guided, cond = 1 + np.random.default_rng(0).normal(size=(2, 3, 2, 4))
+  args = jnp.asarray(3 * guided), jnp.asarray(cond)
+  for share in (0.0, 0.3, 1.0):
+    np.testing.assert_allclose(
+        processes.rescale_guidance(
+            *args, share=share, measure=measure, over=over
+        ),
+        _by_loop(3 * guided, cond, share, measure, over),
+        rtol=1e-12,
+    )
+
+
+def test_rescale_guidance_defaults_are_the_papers(x64):
+  guided, cond = 1 + np.random.default_rng(0).normal(size=(2, 3, 2, 4))
+  np.testing.assert_allclose(
+      processes.rescale_guidance(jnp.asarray(guided), jnp.asarray(cond)),
+      _by_loop(guided, cond, 0.7, "std", "row"),
+      rtol=1e-12,
+  )
+
+
+def test_rescale_guidance_where_nothing_is_left(strict):
+  guided = jnp.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
+  cond = jnp.array([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 10.0]])
+
+  def fn(guided, cond):
+    return processes.rescale_guidance(
+        guided, cond, share=0.5, measure="norm"
+    )
+
+  np.testing.assert_allclose(
+      fn(guided, cond), [[0, 0], [1.5, 2], [0, 0], [4.5, 6]], rtol=1e-6
+  )
+  grads = jax.grad(lambda *a: jnp.sum(fn(*a)), argnums=(0, 1))(guided, cond)
+  assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
+  # Left alone where it is 0; half of it is left where cond is 0.
+  np.testing.assert_allclose(grads[0][:3], [[1, 1], [0.5, 0.5], [1, 1]])
+  np.testing.assert_array_equal(grads[1][:3], 0)
+  # d/d cond of 0.5 g |c| / |g| is 0.5 (sum g / |g|) c / |c|.
+  np.testing.assert_allclose(grads[1][3], [0, 0.5 * 7 / 5], rtol=1e-6)
+
+
+def test_rescale_guidance_widens(strict):
+  low = jnp.ones((2, 3), jnp.bfloat16)
+  single = jnp.ones((2, 3))
+  fn = processes.rescale_guidance
+  assert fn(low, low).dtype == jnp.float32
+  assert fn(low, single).dtype == fn(single, low).dtype == jnp.float32
+  with jax.enable_x64(True):
+    wide = jnp.ones((2, 3), jnp.float64)
+    assert fn(wide, low).dtype == fn(low, wide).dtype == jnp.float64
+    assert fn(wide, single).dtype == fn(single, wide).dtype == jnp.float64
+
+
+def test_rescale_guidance_bad_input():
+  x = jnp.ones((2, 3))
+  fn = processes.rescale_guidance
+  with one_line_error("cond must be .2, 3. like guided"):
+    fn(x, jnp.ones((2, 4)))
+  with one_line_error("guided must be a non-empty"):
+    fn(x[:0], x[:0])
+  with one_line_error("guided must be a floating", TypeError):
+    fn(jnp.ones((2, 3), jnp.int32), x)
+  with one_line_error("cond must be a floating", TypeError):
+    fn(x, jnp.ones((2, 3), jnp.int32))
+  with one_line_error("did you mean 'norm'"):
+    fn(x, x, measure="norms")
+  with one_line_error("did you mean 'last'"):
+    fn(x, x, over="lost")
+  for share in (-0.1, 1.1):
+    with one_line_error(r"share must be in \[0, 1\]"):
+      fn(x, x, share=share)
+
+
 def test_bad_input():
   x = jnp.ones((2, 3))
   with one_line_error("cond must be .2, 3. like uncond"):
