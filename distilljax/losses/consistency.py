@@ -587,7 +587,7 @@ def continuous_consistency_loss(
   if kind == "stop_gradient":
     return _reduce(jax.lax.stop_gradient(change) * f, elements)
   if kind == "l1":
-    return _reduce(jnp.abs(change), elements)
+    return _reduce(_magnitude(change), elements)
   squares = _reduce(jnp.square(change), elements)
   # A row at a fixed point has gradient 0, not 0 / 0.
   positive = squares > 0

@@ -453,11 +453,13 @@ def test_continuous_loss_on_the_exact_function(x64):
         exact_consistency, x, slope, sigma, kind=kind
     )
     np.testing.assert_allclose(loss, np.zeros(B), atol=1e-12)
-  still = lambda a: losses.continuous_consistency_loss(
-      lambda x, sigma: a + 0 * x, x, slope, sigma, kind="l2"
-  ).sum()
-  value, grad = jax.value_and_grad(still)(1.0)
-  assert value == 0 and grad == 0
+  for kind in ("l1", "l2"):
+    still = lambda a, kind=kind: losses.continuous_consistency_loss(
+        lambda x, sigma: (a - 1) * sigma[:, None] + 0 * x, x, slope, sigma,
+        kind=kind,
+    ).sum()
+    value, grad = jax.value_and_grad(still)(1.0)
+    assert value == 0 and grad == 0
 
 
 # TrigFlow.

@@ -676,7 +676,7 @@ class Checker:
     source = self._sources[mutant.module]
     lines = source.splitlines(keepends=True)
     part = source
-    if mutant.function != "<module>":
+    if mutant.function not in ("", "<module>"):
       for node in ast.parse(source).body:
         if node.lineno <= mutant.line <= node.end_lineno:
           part = b"".join(lines[node.lineno - 1 : node.end_lineno])
@@ -930,9 +930,12 @@ def check(
   if todo:
     changed = {m.module for m in todo}
     sane = [m for m in checker.faultless() if m.module in changed]
+    sane = [m for m in sane if m not in checker.known(sane)]
     for mutant, killer, _ in checker.run(sane, jobs, whole=True):
       if killer:
         raise SystemExit(f"{mutant.module}: {killer} fails without a fault")
+      checker.remember(mutant, killer)
+      log(f"{mutant.module}: all tests pass without a fault")
   try:
     for verdict in checker.run(todo, jobs):
       note(*verdict)
