@@ -41,7 +41,7 @@ def masked_sum_and_count(
   if axis_name is not None:
     total = jax.lax.psum(total, axis_name)
     count = jax.lax.psum(count, axis_name)
-  return total, jax.lax.stop_gradient(count)
+  return total, count
 
 
 def masked_mean(
