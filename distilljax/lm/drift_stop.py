@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from distilljax import _checks, losses
 from distilljax.lm import rollout
+from distilljax.lm.tokens import AnyArray
 from distilljax.typing import Bool, Int, Params
 
 
@@ -38,10 +39,10 @@ class DriftState(NamedTuple):
 def drift_stop(
   apply_fn: Callable[..., Any],
   params: Params,
-  prompts: Int[Any, "b p"],
+  prompts: Int[AnyArray, "b p"],
   *,
   max_new_tokens: int,
-  prompt_where: Bool[Any, "b p"] | None = None,
+  prompt_where: Bool[AnyArray, "b p"] | None = None,
   num_samples: int = 1,
   top_k: int = 16,
   threshold: float | int = 0.7,

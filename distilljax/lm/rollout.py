@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from distilljax import _checks
 from distilljax.lm import tokens as tokens_lib
+from distilljax.lm.tokens import AnyArray
 from distilljax.typing import Array, Bool, Float, Int, Key, Params, PyTree
 
 
@@ -80,7 +81,7 @@ StopFn = Callable[[PyTree, Step], tuple[PyTree, Array]]
 
 
 def sampling_logits(
-  logits: Float[Array, "*b v"],
+  logits: Float[AnyArray, "*b v"],
   *,
   temperature: Any = 1.0,
   top_k: int | None = None,
@@ -150,13 +151,13 @@ def _check_options(fn, temperature, top_k, top_p):
 def generate(
   apply_fn: Callable[..., Any],
   params: Params,
-  prompts: Int[Array, "b p"],
+  prompts: Int[AnyArray, "b p"],
   keys: Key[Array, "b"],
   *,
   max_new_tokens: int,
   eos_id: int | None,
   pad_id: int = 0,
-  prompt_where: Bool[Array, "b p"] | None = None,
+  prompt_where: Bool[AnyArray, "b p"] | None = None,
   num_samples: int = 1,
   temperature: Any = 1.0,
   top_k: int | None = None,

@@ -14,6 +14,8 @@ import numpy as np
 from distilljax import _checks
 from distilljax.typing import Array, Bool, Float, Int, Params
 
+AnyArray = Array | np.ndarray
+
 
 def pad(
   rows: Sequence[Sequence[int]],
@@ -60,8 +62,8 @@ def pad(
 
 
 def token_log_probs(
-  logits: Float[Array, "*b v"],
-  tokens: Int[Array, "*b"],
+  logits: Float[AnyArray, "*b v"],
+  tokens: Int[AnyArray, "*b"],
   *,
   temperature: Any = 1.0,
 ) -> Float[Array, "*b"]:
@@ -104,11 +106,11 @@ def token_log_probs(
 def completion_logits(
   apply_fn: Callable[..., Any],
   params: Params,
-  prompts: Int[Array, "n p"],
-  tokens: Int[Array, "n t"],
+  prompts: Int[AnyArray, "n p"],
+  tokens: Int[AnyArray, "n t"],
   *,
-  prompt_where: Bool[Array, "n p"] | None = None,
-  where: Bool[Array, "n t"] | None = None,
+  prompt_where: Bool[AnyArray, "n p"] | None = None,
+  where: Bool[AnyArray, "n t"] | None = None,
   features: bool = False,
 ) -> Any:
   """Logits that predict the tokens of a completion, by one full forward.
