@@ -649,7 +649,7 @@ class Checker:
     if mutant.statement not in own or mutant.function == "<module>":
       lines = own  # a default or a constant: wherever the function runs
     name = mutant.function.split(".")[-1]
-    check = "_checks." in mutant.original and mutant.replacement == "None"
+    hint = _hint(mutant, mutant.statement not in own)
     found = {}
     for file in self._tests[mutant.module]:
       text = "".join(
@@ -660,7 +660,7 @@ class Checker:
         if not lines or hits & lines:
           spread = sum(len(h) for h in entry["hits"].values())
           found[test] = (
-              check and "bad_" not in test,
+              not any(part in test for part in hint),
               -self._killers[mutant.module, mutant.function][test],
               "golden" in file,
               name not in text,
@@ -801,6 +801,17 @@ class Checker:
       path = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"], name)
       if time.time() - path.stat().st_mtime > 120:
         path.unlink(missing_ok=True)
+
+
+def _hint(mutant: Mutant, default: bool) -> tuple[str, ...]:
+  """Parts of the names of tests that are likely to see a fault."""
+  if "_checks." in mutant.original and mutant.replacement == "None":
+    return ("bad_",)
+  if mutant.original.startswith("_checks.at_least_float32"):
+    return ("half", "precision", "dtype", "float32", "widen")
+  if "stop_gradient" in mutant.original and "stop_" not in mutant.replacement:
+    return ("frozen", "stop", "grad")
+  return ("default",) if default else ("",)
 
 
 def _statements(tree: ast.AST, function: str) -> set[int]:

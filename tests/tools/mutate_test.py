@@ -128,7 +128,7 @@ def test_kills_what_is_tested_and_reports_the_rest(tmp_path):
   )
   assert done.returncode == 0, done.stdout + done.stderr
   # Nobody calls that function. (-x is not tested either, but -x -> x is listed,
-  # and so is FACTOR * x -> x.) The others: 2.0, True, is, +, two of *, 1, shift.
+  # and so is FACTOR * x -> x.) The rest: 2.0, True, is, +, two of *, 1, shift.
   total = 10
   verdicts = ["alive: x + 1 -> x - 1", "alive: 1 -> 2"]
   verdicts.append(f"killed: {total - 2} of {total}")
