@@ -733,11 +733,13 @@ class Checker:
   # -- one mutant ------------------------------------------------------------
   def _start(self, mutant: Mutant, whole: bool) -> tuple:
     found = self._reaching(mutant)
-    if whole:  # all tests of its own file, whatever the probes said
-      own = self._tests[mutant.module][0]
-      for test, entry in self._coverage[own]["tests"].items():
-        seconds = entry["seconds"]
-        found.setdefault(test, (1, 0, 0, 0, seconds, test, seconds))
+    if whole:  # the other tests of its own file, whatever the probes said
+      own = self._coverage[self._tests[mutant.module][0]]["tests"]
+      found = {
+          test: (1, 0, 0, 0, entry["seconds"], test, entry["seconds"])
+          for test, entry in own.items()
+          if test not in found
+      }
     if not found:
       return None, None
     order = sorted(found, key=found.get)
@@ -915,8 +917,8 @@ def check(
 ) -> dict[str, Result]:
   """Runs mutants; gives {module: result}.
 
-  `whole` tries a survivor again on all tests of its module's file, in case a
-  cache between tests kept the probes from seeing that one reaches it. Without
+  `whole` tries a survivor on the other tests of its module's file too, in case
+  a cache between tests kept the probes from seeing that one reaches it. Without
   `fresh`, verdicts of earlier runs count. Stopped by the keyboard, it gives
   what is known so far.
   """
@@ -1110,9 +1112,9 @@ def _full_name(module: str) -> str:
 
 
 def _sample(mutants: list[Mutant], n: int, seed: int) -> list[Mutant]:
-  if n >= len(mutants):
-    return mutants
-  return random.Random(seed).sample(mutants, n)
+  # A larger sample holds the smaller one, so that its verdicts serve again.
+  order = random.Random(seed).sample(mutants, len(mutants))
+  return sorted(order[:n], key=mutants.index)
 
 
 FLAGS = (
