@@ -891,6 +891,7 @@ class Result:
   killed: int = 0
   equivalent: int = 0
   survivors: list[Mutant] = dataclasses.field(default_factory=list)
+  not_run: int = 0
 
   @property
   def share(self) -> str:
@@ -903,6 +904,7 @@ class Result:
         self.killed + other.killed,
         self.equivalent + other.equivalent,
         self.survivors + other.survivors,
+        self.not_run + other.not_run,
     )
 
 
@@ -913,27 +915,29 @@ def check(
     jobs: int,
     whole: bool = False,
     fresh: bool = True,
+    chosen: Sequence[Mutant] | None = None,
     log=_print,
 ) -> dict[str, Result]:
   """Runs mutants; gives {module: result}.
 
   `whole` tries a survivor on the other tests of its module's file too, in case
   a cache between tests kept the probes from seeing that one reaches it. Without
-  `fresh`, verdicts of earlier runs count. Stopped by the keyboard, it gives
-  what is known so far.
+  `fresh`, verdicts of earlier runs count. Only those of `chosen` are run, if
+  given. Stopped by the keyboard, it gives what is known so far.
   """
-  todo = [m for m in mutants if m.name not in equivalent]
-  verdicts = {} if fresh else checker.known(todo)
+  faults = [m for m in mutants if m.name not in equivalent]
+  verdicts = {} if fresh else checker.known(faults)
   if verdicts:
-    log(f"{len(verdicts)} of {len(todo)} verdicts are known")
-  todo = [m for m in todo if m not in verdicts]
+    log(f"{len(verdicts)} of {len(faults)} verdicts are known")
+  wanted = set(faults if chosen is None else chosen)
+  todo = [m for m in faults if m in wanted and m not in verdicts]
   cpu, start = [], time.monotonic()
 
   def note(mutant, killer, seconds):
     cpu.append(seconds)
     place = f"{mutant.name} (line {mutant.line})"
     log(
-        f"{len(verdicts) + 1} +{time.monotonic() - start:.0f} s,"
+        f"{len(cpu)}/{len(todo)} +{time.monotonic() - start:.0f} s,"
         f" {seconds:.1f} CPU s, {killer or 'ALIVE'}: {place}"
     )
     verdicts[mutant] = killer
@@ -972,18 +976,22 @@ def check(
       result.killed += 1
     elif mutant in verdicts:
       result.survivors.append(mutant)
+    else:
+      result.not_run += 1
   return out
 
 
 def summary(results: dict[str, Result], reasons: dict[str, str]) -> str:
   """The report's table and list, in Markdown."""
   lines = [
-      "| module | mutants | killed | equivalent | survivors | share killed |",
-      "|---|---|---|---|---|---|",
+      "| module | mutants | killed | equivalent | survive | not run | share |",
+      "|---|---|---|---|---|---|---|",
   ]
 
   def row(name, result):
-    counts = (result.killed, result.equivalent, len(result.survivors))
+    counts = (
+        result.killed, result.equivalent, len(result.survivors), result.not_run
+    )  # fmt: skip
     cells = (name, sum(counts), *counts, result.share)
     lines.append("| " + " | ".join(str(c) for c in cells) + " |")
 
@@ -1011,7 +1019,8 @@ or a constant changed, a stop_gradient, mask, weight or check dropped. It is
 killed when a quick test fails. Equivalent mutants are the same program in other
 words; `tests/tools/equivalent_mutants.txt` gives the reason for each, and they
 do not count in the share. A fault in a golden reader must make its own golden
-test red.{sampled}
+test red. Mutants that were not run were left out at random, but for the modules
+of which none is left out.
 
 {summary}
 """
@@ -1061,45 +1070,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*(f"{m.name} (line {m.line})" for m in mutants), sep="\n")
     return 0
   equivalent = read_equivalent(EQUIVALENT)
-  everything = len(mutants)
+  chosen = mutants
   if args.sample is not None:
-    mutants = [
+    chosen = [
         mutant
         for module in modules
         for mutant in _sample(
             [m for m in mutants if m.module == module], args.sample, args.seed
         )
     ]
-  _print(f"{len(mutants)} of {everything} mutants, seed {args.seed}")
+  _print(f"{len(chosen)} of {len(mutants)} mutants, seed {args.seed}")
   if args.known:
-    listed = [m for m in mutants if m.name in equivalent]
-    mutants = [*checker.known(m for m in mutants if m not in listed), *listed]
+    chosen = []
   else:
     checker.prepare()
   results = check(
-      checker, mutants, equivalent, args.jobs, args.whole, args.fresh
+      checker, mutants, equivalent, args.jobs, args.whole, args.fresh, chosen
   )
   checker.close()
   text = summary(results, read_equivalent(SURVIVORS))
   print(text)
   if args.report:
-    given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    missing = everything - sum(
-        r.killed + r.equivalent + len(r.survivors) for r in results.values()
-    )
-    sampled = ""
-    if missing:
-      sampled = f"\n\n{missing} of {everything} mutants were not run."
+    command = ["python -m tests.tools.mutate", *args.module]
+    command += ["--whole"] if args.whole else []
+    command += ["--readers"] if args.readers else []
     if args.sample is not None:
-      sampled += (
-          f" At most {args.sample} a module, drawn with seed {args.seed}."
-      )
+      command += [f"--sample {args.sample} --seed {args.seed}"]
+    command += [f"--report {args.report}"]
     pathlib.Path(args.report).write_text(
-        REPORT.format(
-            command=f"python -m tests.tools.mutate {given}",
-            sampled=sampled,
-            summary=text,
-        )
+        REPORT.format(command=" ".join(command), summary=text)
     )
   return int(any(r.survivors for r in results.values()))
 
