@@ -1039,6 +1039,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--cache", help="folder that is kept between runs")
   parser.add_argument("--only", help="part of the name of the mutants to run")
   parser.add_argument("--whole", action="store_true", help="see `check`")
+  parser.add_argument("--own", action="store_true", help="skip golden tests")
   parser.add_argument("--fresh", action="store_true", help="no kept verdicts")
   parser.add_argument("--known", action="store_true", help="kept verdicts only")
   parser.add_argument("--readers", action="store_true", help="golden ones too")
@@ -1058,9 +1059,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
   os.environ.setdefault("XLA_FLAGS", FLAGS)
   sys.path.insert(0, str(root))
 
+  tests = {m: _tests_of(root, m) for m in modules}
+  if args.own:
+    tests = {
+        m: tuple(t for t in files if t.endswith("_test.py") or len(files) == 1)
+        for m, files in tests.items()
+    }
   checker = Checker(
       root,
-      {m: _tests_of(root, m) for m in modules},
+      tests,
       cache,
       args.timeout,
       MODULES,
