@@ -214,3 +214,131 @@ def ring8(title: str, *, small: bool, seed: int) -> ml_collections.ConfigDict:
   config.run.log_every = 250
   config.run.checkpoint_every = 5000
   return config
+
+
+# --- language models ----------------------------------------------------------
+
+
+def language(
+  title: str,
+  data: str,
+  *,
+  task: dict,
+  seed: int,
+  seeds: int,
+  batch_size: int = 64,
+) -> ml_collections.ConfigDict:
+  """Blocks common to the jobs of `experiments.train_lm`.
+
+  Args:
+    title: heading of the report.
+    data: "addition", "chain", "json_list" (a task of `distilljax.data`) or
+      "markov" (the exact model).
+    task: arguments of the task.
+    seed: of parameters, prompts and rollouts.
+    seeds: repetitions of the stages with `repeat`.
+    batch_size: prompts a step.
+  """
+  config = ml_collections.ConfigDict()
+  config.title = title
+  config.seed = seed
+  config.seeds = seeds
+  config.stages = ()  # names of the blocks trained, in order
+  config.data = {
+    "name": data,
+    "batch_size": batch_size,
+    "rows": 20000,  # problems drawn for training, with replacement
+  }
+  config.task = task
+  config.model = {}  # of networks that start from scratch, unless they say more
+  config.run = {
+    "log_every": 25,  # steps between metric lines
+    "checkpoint_every": 1000,  # steps between checkpoints
+    "keep": 1,  # checkpoints kept a stage
+    "max_skips_in_a_row": 20,  # non-finite updates before a run stops
+  }
+  config.evaluation = {
+    "n": 1000,  # held-out prompts, one completion each
+    "noise_seed": 1234,  # of prompts and completions: the same for all models
+    "headline": "answer",  # the metric that is named first
+    "models": (),  # blocks that are scored
+    "labels": {},  # what the report calls them
+    "teacher": None,  # block that KLs are to
+    "rollouts": (),  # blocks whose completions are shown
+    "shown": 8,  # rollouts shown
+    "watches": 0,  # scores a stage during training
+  }
+  return config
+
+
+def language_stage(
+  method: str,
+  steps: int,
+  networks: dict,
+  learning_rate: float,
+  hyper: dict,
+  *,
+  schedule: str = "constant",
+  warmup: int = 0,
+  clip_norm: float = 1.0,
+  **more,
+) -> dict:
+  """One stage block of a language job.
+
+  Args:
+    method: slug of `distilljax.methods`.
+    steps: updates.
+    networks: by name {"start": "scratch", an earlier stage or a model that the
+      problem knows, "model": values of a network of its own}.
+    learning_rate: of the student (Adam).
+    hyper: entries that replace those of the method's DEFAULTS; the sampler's
+      lengths and ids are the task's.
+    schedule: of the learning rate.
+    warmup: steps of it.
+    clip_norm: global gradient norm.
+    **more: "repeat", "data" (options of the problem's batches), "batch_size",
+      "accumulation".
+  """
+  return {
+    "method": method,
+    "steps": steps,
+    "networks": networks,
+    "optimizers": {
+      "student": {
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup,  # steps
+        "clip_norm": clip_norm,  # global gradient norm
+      }
+    },
+    "hyper": hyper,
+    "repeat": False,  # trained config.seeds times
+    "data": {},  # options of the batches
+    "batch_size": None,  # None is config.data.batch_size
+    "accumulation": 1,  # micro-batches a step
+    **more,
+  }
+
+
+def fine_tuned(steps: int, learning_rate: float, **more) -> dict:
+  """A model from scratch by cross entropy on the task's solutions."""
+  return language_stage(
+    "supervised_kd",
+    steps,
+    {"student": {"start": "scratch", **more.pop("network", {})}},
+    learning_rate,
+    {"objective": "cross_entropy"},
+    schedule="cosine",
+    warmup=min(20, steps // 4),
+    **more,
+  )
+
+
+def on_policy(scale: float, networks: dict, steps: int, lr: float, **more):
+  """G-OPD at a reward scale, repeated; the reference only where it counts."""
+  if scale == 1.0:
+    networks = {k: v for k, v in networks.items() if k != "reference"}
+  hyper = {"reward_scale": scale, **more.pop("hyper", {})}
+  return language_stage(
+    "gopd", steps, networks, lr, hyper, repeat=True, **more
+  )

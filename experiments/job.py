@@ -119,7 +119,7 @@ def _network(config, problem, spec, prediction) -> Callable[[Any], Any]:
   return make
 
 
-def _apply_fn(make: Callable[[Any], Any]) -> Callable[..., Any]:
+def apply_fn_of(make: Callable[[Any], Any]) -> Callable[..., Any]:
   """The network's function, without making its parameters."""
   box = []
 
@@ -150,6 +150,39 @@ def _hyper(block, problem, stage_name) -> dict[str, Any]:
   return hyper
 
 
+def make_optimizers(
+  block: Any, name: str, method: train.Method
+) -> dict[str, Any]:
+  """Optimizers of a stage by network; one line for what cannot be."""
+  cycle = method.schedule.cycle
+  optimizers = {}
+  for network in method.named(train.Trained):
+    if network not in block.optimizers:
+      raise ValueError(
+        f"config: {name}.optimizers has no entry for {network!r}"
+      )
+    share = sum(network in entry for entry in cycle) / len(cycle)
+    values = block.optimizers[network].to_dict()
+    allowed = inspect.signature(train.make_optimizer).parameters
+    config_lib.known(f"{name}.optimizers.{network}", values, allowed)
+    optimizers[network] = train.make_optimizer(
+      **{"steps": max(1, round(block.steps * share)), **values}
+    )
+  return optimizers
+
+
+def rows_of(block: Any, config: Any, name: str, devices: int) -> int:
+  """Batch size of a stage; one line if it does not divide over devices."""
+  batch_size = block.get("batch_size") or config.data.batch_size
+  nearest = max(1, round(batch_size / devices)) * devices
+  if batch_size % devices:
+    raise ValueError(
+      f"config: {name}: batch size must be divisible by {devices} devices,"
+      f" got {batch_size}; nearest: {nearest}"
+    )
+  return batch_size
+
+
 def _stage(config, problem, name, earlier, devices) -> train.Stage:
   block = config[name]
   config_lib.known(name, block, STAGE_KEYS)
@@ -168,7 +201,7 @@ def _stage(config, problem, name, earlier, devices) -> train.Stage:
     k: _network(config, problem, s, prediction) for k, s in specs.items()
   }
   method = methods.get(block.method).make(
-    {k: _apply_fn(m) for k, m in makers.items()}, **hyper
+    {k: apply_fn_of(m) for k, m in makers.items()}, **hyper
   )
 
   def init(key, results):
@@ -184,31 +217,11 @@ def _stage(config, problem, name, earlier, devices) -> train.Stage:
         )
     return params
 
-  cycle = method.schedule.cycle
-  optimizers = {}
-  for network in method.named(train.Trained):
-    if network not in block.optimizers:
-      raise ValueError(
-        f"config: {name}.optimizers has no entry for {network!r}"
-      )
-    share = sum(network in entry for entry in cycle) / len(cycle)
-    values = block.optimizers[network].to_dict()
-    allowed = inspect.signature(train.make_optimizer).parameters
-    config_lib.known(f"{name}.optimizers.{network}", values, allowed)
-    optimizers[network] = train.make_optimizer(
-      **{"steps": max(1, round(block.steps * share)), **values}
-    )
-  batch_size = block.get("batch_size") or config.data.batch_size
-  nearest = max(1, round(batch_size / devices)) * devices
-  if batch_size % devices:
-    raise ValueError(
-      f"config: {name}: batch size must be divisible by {devices} devices,"
-      f" got {batch_size}; nearest: {nearest}"
-    )
+  batch_size = rows_of(block, config, name, devices)
   return train.Stage(
     name=name,
     method=method,
-    optimizers=optimizers,
+    optimizers=make_optimizers(block, name, method),
     data=problem.batches(
       batch_size,
       config.seed,
@@ -332,10 +345,10 @@ def train_and_evaluate(
     if evaluation.watches
     for watch in [_Watch(job, stage, workdir)]
   ]
-  before = _now()
+  before = now()
   if evaluation.watches:
     job.problem.facts()  # the classifier, before the bars begin
-  judged = _since(before)
+  judged = since(before)
   result = train.run(
     job.stages,
     workdir,
@@ -348,7 +361,7 @@ def train_and_evaluate(
     hooks=[train.Progress(), *watches, *hooks],
     log=log,
   )
-  before = _now()
+  before = now()
   scores, rows = _evaluate(job, result, log)
   final = job.stages[-1]
   summary = {
@@ -362,7 +375,7 @@ def train_and_evaluate(
     "devices": mesh.size,
     **job.problem.facts(),
   }
-  spent = {"judge": judged, "evaluation": _since(before)}
+  spent = {"judge": judged, "evaluation": since(before)}
   for i, field in enumerate(("seconds", "cpu_seconds")):
     summary[field] = {
       **getattr(result, field),
@@ -389,12 +402,14 @@ def train_and_evaluate(
   return summary
 
 
-def _now() -> tuple[float, float]:
+def now() -> tuple[float, float]:
+  """Wall and CPU clock."""
   return time.monotonic(), time.process_time()
 
 
-def _since(before: tuple[float, float]) -> tuple[float, float]:
-  return tuple(b - a for a, b in zip(before, _now()))
+def since(before: tuple[float, float]) -> tuple[float, float]:
+  """Wall and CPU seconds since `now`."""
+  return tuple(b - a for a, b in zip(before, now()))
 
 
 def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:

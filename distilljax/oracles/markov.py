@@ -65,6 +65,39 @@ def make_markov_lm(
   return MarkovLM(jnp.zeros(vocab_size), scale * jax.random.normal(key, shape))
 
 
+def markov_apply(
+  params: dict[str, Any],
+  tokens: Int[Array, "b l"],
+  *,
+  where: Any = None,
+  cache: Any = None,
+  last: bool = False,
+) -> Any:
+  """A Markov model in the call form of a language model of `models`.
+
+  For rollouts and methods: row t of the logits is the transition of token t.
+  The first token of a sequence is the prompt. Left padding changes nothing,
+  since the token before is all that counts.
+
+  Args:
+    params: {"transition": logits [v, v]}, row i those of the token after i.
+    tokens: Shape [b, l].
+    where: not looked at.
+    cache: an int, or what an earlier call returned: there is nothing to
+      remember, an array [b, 0] stands for it.
+    last: logits of the last position only.
+
+  Returns:
+    Logits [b, l, v] ([b, 1, v] with `last`), and the cache if one was given.
+  """
+  del where
+  read = tokens[:, -1:] if last else tokens
+  logits = jnp.take(params["transition"], read, axis=0)
+  if cache is None:
+    return logits
+  return logits, jnp.zeros((tokens.shape[0], 0))
+
+
 def sample_sequences(
   key: PRNGKeyArray, model: MarkovLM, *, rows: int, length: int
 ) -> Int[Array, "b l"]:
@@ -255,6 +288,7 @@ __all__ = [
   "MarkovLM",
   "expected_return",
   "make_markov_lm",
+  "markov_apply",
   "occupancy",
   "outcome_posterior",
   "sample_sequences",

@@ -37,7 +37,7 @@ from distilljax.train.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from distilljax.train.sharding import make_mesh, put_rows
+from distilljax.train.sharding import make_mesh, map_rows, put_rows
 from distilljax.train.step import State, Step, make_step, map_slices
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_step",
+    "map_rows",
     "map_slices",
     "mean",
     "named_key",

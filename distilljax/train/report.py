@@ -78,7 +78,79 @@ _PLANE = {
         " latent.",
     ),
 }
-_METRICS = {**image.METRICS, **_PLANE}
+# The scores of language models on tasks with a right answer.
+_LANGUAGE = {
+    "answer": image.MetricInfo(
+        "answer",
+        True,
+        "mean reward of completions sampled at temperature 1; for chains and"
+        " sums the share whose final answer is right.",
+        share=True,
+    ),
+    "trace": image.MetricInfo(
+        "trace",
+        True,
+        "share of sampled completions that are right in every step.",
+        share=True,
+    ),
+    "answer_greedy": image.MetricInfo(
+        "answer, greedy", True, "the same of greedy completions.", share=True
+    ),
+    "trace_greedy": image.MetricInfo(
+        "trace, greedy", True, "the same of greedy completions.", share=True
+    ),
+    "parsed": image.MetricInfo(
+        "parse rate",
+        True,
+        "share of sampled completions that keep the format.",
+        share=True,
+    ),
+    "content": image.MetricInfo(
+        "content",
+        True,
+        "mean reward of the sampled completions that keep the format.",
+        share=True,
+    ),
+    "off_modal": image.MetricInfo(
+        "off-modal mass",
+        False,
+        "probability beside the token that the format wants, at the structural"
+        " position where it is largest.",
+    ),
+    "reverse_kl": image.MetricInfo(
+        "reverse KL",
+        False,
+        "KL(model||teacher) at temperature 1, nats a sequence, on the model's"
+        " own samples (exact for the Markov model).",
+    ),
+    "forward_kl": image.MetricInfo(
+        "forward KL",
+        False,
+        "KL(teacher||model) at temperature 1, nats a sequence, on the teacher's"
+        " samples.",
+    ),
+    "target_kl": image.MetricInfo(
+        "KL to the optimum",
+        False,
+        "exact KL(model||optimum of its own objective), nats a sequence.",
+    ),
+    "return": image.MetricInfo(
+        "return", True, "exact expected reward of a sequence."
+    ),
+}
+_METRICS = {**image.METRICS, **_PLANE, **_LANGUAGE}
+
+
+def metric_label(metric: str) -> str:
+  """What a column or an axis calls a metric; its name where it is unknown.
+
+  Args:
+    metric: name of a metric, as in summary.json.
+
+  Returns:
+    The label.
+  """
+  return _METRICS[metric].label if metric in _METRICS else metric
 
 
 class _Page(NamedTuple):
@@ -399,7 +471,11 @@ def _score_table(page: _Page, summary: Mapping[str, Any]) -> str:
           mark = ' class="broken"'
         elif marked and value is not None and value == best.get(metric):
           mark = ' class="best"'
-        line.append(f"<td{mark}>{_column_number(value, decimals[metric])}</td>")
+        shown = _column_number(value, decimals[metric])
+        spread = cells.get(metric, {}).get("spread")
+        if spread is not None:
+          shown += f" ± {_column_number(spread, decimals[metric])}"
+        line.append(f"<td{mark}>{shown}</td>")
       out.append(f"<tr>{''.join(line)}</tr>")
     return out
 
@@ -620,7 +696,8 @@ def write_report(
     lead: one paragraph of plain text: what was trained, on what, how long, and
       what was reached.
     summary: the dict of summary.json. Read are `scores` and `floors` (rows
-      {model, steps, metric, value, n}), `seconds` and `cpu_seconds` (by stage),
+      {model, steps, metric, value, n}, and `spread` where a value is the mean
+      of several runs), `seconds` and `cpu_seconds` (by stage),
       `compile_seconds` (a number, or by stage), `params_sha256`, `versions`,
       `seed`, `skipped` (by network), `config`, `classifier_accuracy`,
       `parameters` (by network), and `hints` (sentences of the diagnostics);
@@ -699,6 +776,7 @@ __all__ = [
     "Style",
     "curves",
     "image_grid",
+    "metric_label",
     "read_metrics",
     "render",
     "scatter_grid",

@@ -1,6 +1,6 @@
 """Meshes and placements: plain data parallelism over every device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,3 +66,31 @@ def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     k: jax.make_array_from_process_local_data(sharding, np.asarray(v))
     for k, v in batch.items()
   }
+
+
+def _own_rows(array: jax.Array) -> np.ndarray:
+  """This process's rows of a global array whose leading axis is cut."""
+  if jax.process_count() == 1:
+    return np.asarray(array)
+  parts = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+  return np.concatenate([np.asarray(parts[i]) for i in sorted(parts)])
+
+
+def map_rows(fn: Callable[..., np.ndarray], *arrays: jax.Array) -> jax.Array:
+  """Applies a host function to this process's rows: NumPy in, NumPy out.
+
+  What `collect` scores rollouts with: no process sees another one's rows, and
+  every process must call it.
+
+  Args:
+    fn: fn(*rows) -> an array with as many rows.
+    *arrays: global arrays with a common leading axis, placed alike.
+
+  Returns:
+    A global array, its rows placed as those of the first argument.
+  """
+  made = np.asarray(fn(*(_own_rows(a) for a in arrays)))
+  if jax.process_count() == 1:
+    placed = getattr(arrays[0], "sharding", None)
+    return jax.device_put(made, placed)
+  return jax.make_array_from_process_local_data(arrays[0].sharding, made)

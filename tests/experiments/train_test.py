@@ -10,7 +10,7 @@ from absl import flags
 
 from distilljax import train
 from distilljax.train import config as config_lib
-from experiments import job
+from experiments import job, launch
 from experiments import train as launcher
 from tests import helpers
 
@@ -34,7 +34,7 @@ def signals():
 
 def command(capsys, *arguments):
   """Runs the launcher's main in this process: (exit code, stdout, stderr)."""
-  rest, overrides = launcher._split_overrides(["train", *arguments])
+  rest, overrides = launch.split_overrides(["train", *arguments])
   flags.FLAGS.unparse_flags()
   argv = flags.FLAGS(rest)
   before = jax.config.jax_compilation_cache_dir

@@ -1,0 +1,95 @@
+"""Distilling a small language model: on its own samples, or the teacher's.
+
+python -m experiments.train_lm --config=configs/opd_chain.py --workdir=/tmp/x
+
+The task: chains of four operations mod 10 with their trace ("3+4*2-1*7=" ->
+"7437"), scored on 1,000 held-out prompts. A base is fine-tuned on solutions,
+the teacher is trained from it by reinforcement learning (GRPO, reward for a
+right trace), and students of half the width start from one warm model
+(forward KL on the teacher's samples): `kd` goes on that way, `kd_ce` learns the
+teacher's samples alone, `opd` its own samples by reverse KL.
+
+Expected (3 students each): see docs/methods/gopd.md; 3 to 4 minutes on two
+idle cores.
+
+Arguments: runlocal (seconds, for CI), seed=<int>, seeds=<int>.
+"""
+
+from configs import base
+from distilljax.train import config as config_lib
+
+
+def get_config(arg=None):
+  arg = config_lib.parse_arg(arg, runlocal=False, seed=0, seeds=3)
+  small = arg.runlocal
+  config = base.language(
+    "A small language model distilled on its own samples",
+    "chain",
+    task={
+      "ops": 4,  # operations of a chain
+      "operators": "+-*",
+    },
+    seed=arg.seed,
+    seeds=1 if small else arg.seeds,  # students of each kind
+    batch_size=16 if small else 64,
+  )
+  config.model = {"kind": "transformer", "width": 64, "depth": 2, "heads": 4}
+  if small:
+    config.data.rows = 512
+    config.model.update(width=16, depth=1)
+  config.stages = ("base", "teacher", "warm", "kd_ce", "kd", "opd")
+  config.base = base.fine_tuned(4 if small else 400, 3e-3)
+  config.teacher = base.language_stage(
+    "cepo",
+    2 if small else 150,
+    {"student": {"start": "base"}},
+    3e-4,
+    {
+      "credit": "grpo",
+      "reward": "trace",  # 1 for a right trace, 0 else
+      "num_samples": 8,  # rollouts of a prompt
+    },
+    batch_size=8 if small else 32,
+  )
+  # Half the width: it cannot be the teacher.
+  own = {"kind": "transformer", "width": 16 if small else 32, "depth": 2}
+  config.warm = base.language_stage(
+    "supervised_kd",
+    4 if small else 600,
+    {
+      "student": {"start": "scratch", "model": {**own, "heads": 4}},
+      "teacher": {"start": "teacher"},
+    },
+    2e-3,
+    {"source": "teacher"},
+    warmup=2 if small else 20,
+    repeat=True,
+  )
+  pair = {"student": {"start": "warm"}, "teacher": {"start": "teacher"}}
+  steps = 2 if small else 300
+  for name, objective in (("kd_ce", "cross_entropy"), ("kd", "forward_kl")):
+    config[name] = base.language_stage(
+      "supervised_kd",
+      steps,
+      pair,
+      2e-3,
+      {"source": "teacher", "objective": objective},
+      repeat=True,
+    )
+  config.opd = base.on_policy(1.0, pair, steps, 2e-3)
+  config.evaluation.update(
+    n=64 if small else 1000,
+    models=config.stages,
+    labels={
+      "base": "base",
+      "teacher": "teacher (GRPO)",
+      "warm": "student, warm start",
+      "kd_ce": "student, teacher's tokens",
+      "kd": "student, supervised KD",
+      "opd": "student, on-policy",
+    },
+    teacher="teacher",
+    rollouts=("warm", "kd", "opd", "teacher"),
+    watches=0 if small else 3,
+  )
+  return config

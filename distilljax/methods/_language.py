@@ -1,0 +1,162 @@
+"""What methods of language models share: rollouts, logits of completions.
+
+Their batches hold `prompts` [n, p], padded on the left, with `prompt_where`
+where there is padding, and completions `tokens` [n, t] with `where` [n, t],
+padded on the right.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distilljax import lm, losses, train
+from distilljax.typing import Array, Params
+
+# Which entries of a method's DEFAULTS are the sampler's.
+SAMPLER = ("max_new_tokens", "eos_id", "pad_id", "top_k", "top_p")
+
+
+def completion_logits(
+  apply_fn: Callable[..., Any], params: Params, batch: Mapping[str, Array]
+) -> Array:
+  """Logits [n, t, v] that predict a batch's `tokens`."""
+  return lm.completion_logits(
+    apply_fn,
+    params,
+    batch["prompts"],
+    batch["tokens"],
+    prompt_where=batch.get("prompt_where"),
+    where=batch["where"],
+  )
+
+
+def prompt_rows(batch: Mapping[str, Array]) -> dict[str, Array]:
+  """The prompts of a batch, with their mask if there is one."""
+  return {k: batch[k] for k in ("prompts", "prompt_where") if k in batch}
+
+
+def make_rollouts(
+  apply_fn: Callable[..., Any],
+  h: Mapping[str, Any],
+  *,
+  num_samples: int = 1,
+  name: str = "rollout",
+) -> Callable[..., dict[str, Array]]:
+  """Samples completions of a batch's prompts, for `collect`.
+
+  Args:
+    apply_fn: of the network that samples.
+    h: hyper-parameters: those of `SAMPLER` and `sampling_temperature`.
+    num_samples: completions of each prompt.
+    name: of the draw.
+
+  Returns:
+    rollouts(params, batch, key) -> rows, num_samples a prompt side by side:
+    the prompts, `tokens`, `where`, `log_probs` (at temperature 1) and
+    `sampling_log_probs`, placed as the batch's prompts are.
+  """
+  options = {k: h[k] for k in SAMPLER}
+
+  @jax.jit
+  def program(params, prompts, prompt_where, key):
+    keys = train.row_keys(train.named_key(key, name), prompts.shape[0])
+    made = lm.generate(
+      apply_fn,
+      params,
+      prompts,
+      keys,
+      prompt_where=prompt_where,
+      num_samples=num_samples,
+      temperature=h["sampling_temperature"],
+      **options,
+    )
+    rows = {
+      k: getattr(made, k)
+      for k in ("prompts", "tokens", "where", "log_probs", "sampling_log_probs")
+    }
+    if prompt_where is not None:
+      rows["prompt_where"] = made.prompt_where
+    return rows
+
+  def rollouts(params, batch, key):
+    prompts = batch["prompts"]
+    rows = program(params, prompts, batch.get("prompt_where"), key)
+    placed = getattr(prompts, "sharding", None)
+    return rows if placed is None else jax.device_put(rows, placed)
+
+  return rollouts
+
+
+def make_sample(
+  apply_fn: Callable[..., Any], h: Mapping[str, Any]
+) -> Callable[..., lm.Rollout]:
+  """A method's `sample`: completions of inputs["prompts"] by the student.
+
+  `steps` is the number of tokens at most, and inputs may hold `prompt_where`.
+  """
+  options = {k: h[k] for k in SAMPLER if k != "max_new_tokens"}
+
+  def sample(params, inputs, key, *, steps):
+    prompts = inputs["prompts"]
+    return lm.make_sampler(
+      apply_fn,
+      max_new_tokens=steps,
+      temperature=h["sampling_temperature"],
+      **options,
+    )(
+      params["student"],
+      prompts,
+      train.row_keys(key, prompts.shape[0]),
+      prompt_where=inputs.get("prompt_where"),
+    )
+
+  return sample
+
+
+def fit(batch: Mapping[str, Array], length: int, pad_id: int) -> dict[str, Any]:
+  """Prompts and completions of data, padded on the right to `length`.
+
+  One shape for data and rollouts is one compiled step for both.
+  """
+  tokens, where = batch["tokens"], batch["where"]
+  short = length - tokens.shape[1]
+  if short > 0:
+    wide = ((0, 0), (0, short))
+    placed = getattr(tokens, "sharding", None)
+    tokens = jnp.pad(jnp.asarray(tokens), wide, constant_values=pad_id)
+    where = jnp.pad(jnp.asarray(where), wide)
+    if placed is not None:
+      tokens, where = jax.device_put((tokens, where), placed)
+  return {**prompt_rows(batch), "tokens": tokens, "where": where}
+
+
+def student_metrics(
+  student_logits: Array,
+  teacher_logits: Array | None,
+  where: Array,
+  *,
+  direction: str = "reverse_kl",
+) -> dict[str, train.Mean]:
+  """What is logged beside a loss: KL at temperature 1, entropy, length.
+
+  Args:
+    student_logits: Shape [n, t, v].
+    teacher_logits: of the same positions; None logs no KL. Shape [n, t, v].
+    where: tokens of the completions. Shape [n, t].
+    direction: "reverse_kl" or "forward_kl", nats a token.
+
+  Returns:
+    `Mean`s by name.
+  """
+  out = {
+    "entropy": train.mean(losses.entropy(student_logits), where),
+    "length": train.mean(jnp.sum(where, axis=1, dtype=jnp.float32)),
+  }
+  if teacher_logits is not None:
+    divergence = getattr(losses, direction)
+    out[direction] = train.mean(
+      divergence(student_logits, teacher_logits), where
+    )
+  return out
