@@ -6,7 +6,9 @@ The critic is the closed-form denoiser plus a network that starts at zero. The
 warm-up regresses the student on 512 ODE pairs, which is what keeps the
 frequencies of the modes right.
 
-Expected: see docs/methods/dmd2.md; about 50 CPU seconds.
+Expected (3 seeds): 8 modes of 8, their frequencies at a total variation of .02
+from equal (.06 to .13 without the warm-up), sliced Wasserstein .06 (.15 to .17);
+about 65 CPU seconds.
 
 Arguments: runlocal (seconds, for CI), warmup=<bool> (default true), seed=<int>.
 """
@@ -26,7 +28,8 @@ def get_config(arg=None):
   config.model = {"kind": "mlp", "width": 64, "depth": 3, "max_frequency": 3.0}
   config.stages = ("warmup", "student") if arg.warmup else ("student",)
   if arg.warmup:
-    config.warmup = base.regression(20 if small else 300, rows=512)
+    config.warmup = base.regression(20 if small else 3000, rows=512)
+    config.warmup.hyper.prediction = "velocity"
   config.student = base.stage(
     "dmd2",
     50 if small else 15000,
@@ -36,8 +39,9 @@ def get_config(arg=None):
       "teacher": {"start": "exact"},
     },
     optimizers={
+      # at 1e-3 the student loses what the warm-up gave it
       "student": {
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-4,
         "b1": 0.0,
         "b2": 0.99,
         "schedule": "cosine",
@@ -50,7 +54,8 @@ def get_config(arg=None):
       },
     },
     hyper={
-      "prediction": "x0",
+      # velocity: what the critic adds to the closed form is scaled by t
+      "prediction": "velocity",
       "ratio": 5,
       # sigma / alpha log-uniform in [.05, 5], both for student and critic
       "time_distribution": "log_sigma",
@@ -58,7 +63,6 @@ def get_config(arg=None):
       "t_max": 5 / 6,
       "critic_t_min": 0.05 / 1.05,
       "critic_t_max": 5 / 6,
-      "critic_weight": "edm",
       "gan_weight": 0.0,
       "gan_critic_weight": 0.0,
       "ema_decay": 0.99,
