@@ -177,7 +177,7 @@ def max_distance(
   # where the compiler computes the difference twice, rounded differently, there
   # is none and it is 0 / 0.
   place = jnp.argmax(jnp.abs(flat), axis=1, keepdims=True)
-  return _magnitude(jnp.take_along_axis(flat, place, axis=1)[:, 0])
+  return _magnitude(jnp.take_along_axis(flat, place, axis=1).squeeze(1))
 
 
 def pseudo_huber(

@@ -229,6 +229,7 @@ def _masked_median(
   ranked = jnp.sort(jnp.where(counts, distances, jnp.inf))
   count = jnp.sum(counts, dtype=jnp.int32)
   middle = jnp.maximum(jnp.stack([(count - 1) // 2, count // 2]), 0)
-  median = jnp.where(count > 0, jnp.mean(ranked[middle]), 0)
-  # All points alike (or none at all): any scale gives the same kernel.
+  median = jnp.mean(ranked[middle])
+  # All points alike: any scale gives the same kernel. (None at all: it is
+  # infinite, and no pair is left to weigh.)
   return jnp.where(median > 0, median, jnp.ones_like(median))

@@ -817,6 +817,11 @@ def test_trigflow_coefficients_and_network(x64, strict):
   np.testing.assert_allclose(c_in, 1 / total, rtol=1e-12)
   np.testing.assert_allclose(c_out, -np.sin(a) / total, rtol=1e-12)
   np.testing.assert_allclose(t, np.sin(a) / total, rtol=1e-12)
+  # Numbers are checked too: the end has room for a float32, and no more.
+  with helpers.as_user():
+    losses.trigflow_coefficients(np.float32(np.pi / 2))
+  with helpers.one_line_error("angle must be in"):
+    losses.trigflow_coefficients(np.float64(np.pi / 2 + 1.5e-6))
   # F from x0 by the definition, away from angle 0.
   (x,) = arrays(n=1)
   velocity = lambda x, t: jnp.cos(x) + t[:, None]
