@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 # Nobody else's clock or cache decides what these print.
-QUICK_DOCTESTS = ("losses", "processes", "train", "oracles", "models", "lm")
+QUICK_DOCTESTS = (
+    "losses", "processes", "kernels", "train", "oracles", "models", "lm",
+)
 
 
 def code(path):

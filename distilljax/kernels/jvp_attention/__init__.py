@@ -1,0 +1,6 @@
+"""Attention that differentiates in both modes, in one pass and linear memory.
+
+`api` is what users call; `primitives` its derivatives; `xla`, `pallas_tpu` and
+`reference` compute it. The folder is not named after the function, which it
+would hide.
+"""
