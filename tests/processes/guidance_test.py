@@ -129,7 +129,7 @@ def test_rescale_guidance_defaults_are_the_papers(x64):
 
 
 def test_rescale_guidance_where_nothing_is_left(strict):
-  guided = jnp.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
+  guided = jnp.array([[0.0, 0.0], [0.3, 0.4], [0.0, 0.0], [3.0, 4.0]])
   cond = jnp.array([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 10.0]])
 
   def fn(guided, cond):
@@ -138,7 +138,7 @@ def test_rescale_guidance_where_nothing_is_left(strict):
     )
 
   np.testing.assert_allclose(
-      fn(guided, cond), [[0, 0], [1.5, 2], [0, 0], [4.5, 6]], rtol=1e-6
+      fn(guided, cond), [[0, 0], [0.15, 0.2], [0, 0], [4.5, 6]], rtol=1e-6
   )
   grads = jax.grad(lambda *a: jnp.sum(fn(*a)), argnums=(0, 1))(guided, cond)
   assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)

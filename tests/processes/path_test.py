@@ -393,10 +393,12 @@ def test_table(x64):
   np.testing.assert_allclose(path.alpha(t) ** 2, TABLE, rtol=1e-9)
   np.testing.assert_allclose(path.sigma(t) ** 2, 1 - TABLE, rtol=1e-9)
   assert not path.alpha_ends and not path.sigma_starts
+  again = processes.VariancePreserving.from_table(TABLE)
+  np.testing.assert_allclose(again.sigma(t) ** 2, 1 - TABLE, rtol=1e-9)
   zero = PATHS["zero_table"]
   assert zero.alpha_ends and zero.sigma_starts
   for bad, match in (
-      ([0.9], "2 or more entries"),
+      ([0.9], "alphas_cumprod must be 2 or more entries"),
       ([0.5, 0.5], "strictly decreasing"),
       ([0.5, 0.9], "strictly decreasing"),
       ([1.5, 0.5], r"in \[0, 1\]"),
@@ -409,6 +411,19 @@ def test_table(x64):
     processes.RectifiedFlow and PATHS["linear"].t_from_index(index)
   with one_line_error("integer array", TypeError):
     path.t_from_index(jnp.array([0.5]))
+
+
+def test_defaults():
+  kind = processes.VariancePreserving
+  linear = kind(kind="linear", beta_min=0.1, beta_max=20.0)
+  assert kind() == kind.linear() == linear  # those of DDPM and of score SDEs
+  assert kind(kind="cosine") == kind.cosine() == kind.cosine(0.0)
+  assert processes.EDM() == processes.EDM(
+      sigma_min=0.002, sigma_max=80.0, rho=7.0
+  )
+  assert processes.TrigFlow() == processes.TrigFlow(sigma_data=1.0)
+  for path in (kind(), processes.EDM(), processes.RectifiedFlow()):
+    assert path.end_clamp == 1e-4
 
 
 def test_variance_is_preserved(x64):

@@ -246,6 +246,13 @@ def test_multistep_consistency(x64):
       path=RF,
   )
   np.testing.assert_allclose(one, network(x, rows(TIMES[0])), rtol=1e-12)
+  three = jnp.asarray(x), jnp.asarray(TIMES), jnp.asarray(z)
+  np.testing.assert_array_equal(
+      processes.multistep_consistency(network, *three, path=RF),
+      processes.multistep_consistency(
+          network, *three, path=RF, sigma_floor=0.0
+      ),
+  )
   # A level under the floor adds nothing rather than NaN.
   low = processes.multistep_consistency(
       network, jnp.asarray(x), jnp.array([1.0, 0.0]), jnp.asarray(z[:1]),
@@ -373,6 +380,8 @@ def test_dtypes_times_and_loops(name, strict):
     text[str(unroll)] = lowered.as_text()
     assert lowered.out_info.dtype == jnp.float32
     assert lowered.out_info.shape == (2, 3)
+  default = str(jax.make_jaxpr(lambda x: SAMPLERS[name](fn, x, times, z))(x))
+  assert "unroll=1" in default
   assert "stablehlo.while" in text["1"]
   assert "stablehlo.while" not in text["True"]
   assert all(s == ((2,), jnp.float32) for s in seen)
@@ -404,6 +413,15 @@ def test_bad_input(name):
     if name != "flow_map":
       with one_line_error(r"n >= 2"):
         run(network, x, t[:1], z)
+
+
+def test_a_row_may_be_one_number():
+  x = jnp.array([1.0, 2.0])
+  fn = lambda x, t: 3 * x * t
+  out = processes.euler(fn, x, jnp.array([0.5, 0.25]))
+  np.testing.assert_allclose(out, x - 0.25 * 1.5 * x)
+  with one_line_error("x must be"):
+    processes.euler(fn, x[0], jnp.array([0.5, 0.25]))
 
 
 def test_more_bad_input():

@@ -227,6 +227,8 @@ def test_any_flow_times():
     )
   with one_line_error("part must be"):
     processes.sample_any_flow_times(keys(1)[0], (4,), part=part)
+  with one_line_error("part must be a floating", TypeError):
+    processes.sample_any_flow_times(keys(1)[0], (8,), part=jnp.arange(8))
   with one_line_error("diffusion must be"):
     processes.sample_any_flow_times(keys(1)[0], diffusion=1.6)
 
@@ -291,6 +293,7 @@ def test_lognormal_levels(x64):
   np.testing.assert_array_equal(padded[10:], 0)
   with one_line_error("std must be"):
     processes.lognormal_levels(sigmas, std=0.0)
+  np.testing.assert_array_equal(processes.lognormal_levels(sigmas[:2]), [1])
   with one_line_error("2 or more levels"):
     processes.lognormal_levels(sigmas[:1])
   with one_line_error(r"\[n\]"):
@@ -372,8 +375,9 @@ def test_phase_intervals():
   for bad in ((1.0,), (0.9, 0.0), (1.0, 0.1), (1.0, 0.5, 0.5, 0.0)):
     with one_line_error("falling from 1 to 0"):
       processes.phase_intervals(bad)
-  with one_line_error("margin"):
-    processes.phase_intervals((1.0, 0.9, 0.0), margin=0.1)
+  for margin in (0.5, -0.1):
+    with one_line_error("margin"):
+      processes.phase_intervals((1.0, 0.5, 0.0), margin=margin)
 
 
 def test_ect_next_times(x64):

@@ -407,6 +407,7 @@ class _Plugin:
     self._failed: list[str] = []
     self.tests: dict[str, dict] = {}
     self.hits: set = set()
+    self.at_import: set = set()
 
   def pytest_sessionstart(self, session):
     # After conftest.py, whose hook (the type checks) would go before.
@@ -428,6 +429,9 @@ class _Plugin:
           (i for i in items if i.nodeid in self._ranks),
           key=lambda i: self._ranks[i.nodeid],
       )
+
+  def pytest_collection_finish(self, session):
+    self.at_import = set(self.hits)
 
   def pytest_runtest_setup(self, item):
     if self._ranks is None:
@@ -451,6 +455,7 @@ class _Plugin:
     out = {"failed": self._failed, "tests": self.tests}
     if self._ranks is None:
       out["imported"] = list(sys.modules)
+      out["at_import"] = sorted(self.at_import)
     self._report.write_text(json.dumps(out))
 
 
@@ -648,6 +653,8 @@ class Checker:
       own = _users(tree, mutant.statement)
     if mutant.statement not in own or mutant.function == "<module>":
       lines = own  # a default or a constant: wherever the function runs
+    if isinstance(_scope(tree, mutant.function), ast.ClassDef):
+      lines = own  # a field
     name = mutant.function.split(".")[-1]
     hint = _hint(mutant, mutant.statement not in own)
     found = {}
@@ -655,8 +662,13 @@ class Checker:
       text = "".join(
           p.read_text() for p in self._made_of(file) if p.suffix == ".py"
       )
+      early = {
+          line
+          for module, line in self._coverage[file].get("at_import", ())
+          if module == mutant.module
+      }
       for test, entry in self._coverage[file]["tests"].items():
-        hits = set(entry["hits"].get(mutant.module, ()))
+        hits = set(entry["hits"].get(mutant.module, ())) | early
         if not lines or hits & lines:
           spread = sum(len(h) for h in entry["hits"].values())
           found[test] = (
@@ -818,16 +830,22 @@ def _hint(mutant: Mutant, default: bool) -> tuple[str, ...]:
   return ("default",) if default else ("",)
 
 
-def _statements(tree: ast.AST, function: str) -> set[int]:
-  """Lines of the statements inside a function or class, by dotted name."""
-  scope: ast.AST = tree
+def _scope(tree: ast.AST, function: str) -> ast.AST:
+  """The function or class of a dotted name; the module for "<module>"."""
+  scope = tree
   for part in function.split("."):
-    if part == "<module>":
-      return set()
     for node in ast.walk(scope):
       if getattr(node, "name", None) == part and node is not scope:
         scope = node
         break
+  return scope
+
+
+def _statements(tree: ast.AST, function: str) -> set[int]:
+  """Lines of the statements inside a function or class, by dotted name."""
+  scope = _scope(tree, function)
+  if scope is tree:
+    return set()
   return {
       node.lineno
       for node in ast.walk(scope)
