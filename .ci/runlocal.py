@@ -2,8 +2,8 @@
 
 python .ci/runlocal.py [--budget=480] [config ...]
 
-Every config is run as a user would, `experiments.train` with `:runlocal`, in a
-folder of its own that is then read. The order starts at a config that the
+Every config is run as a user would, the command of its docstring with
+`:runlocal`, in a folder of its own that is then read. The order starts at a config that the
 commit picks, so that where not all fit, every config has its turn. What ran and
 what did not is printed by name. Exit status 1 if a run failed or none was made.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,13 @@ def configs():
       for p in (ROOT / "configs").glob("*.py")
       if p.stem not in ("__init__", "base")
   )
+
+
+def launcher(name):
+  """The module that a config's docstring says to run it with."""
+  text = (ROOT / "configs" / f"{name}.py").read_text()
+  wanted = rf"python -m (experiments\.\w+) --config=configs/{name}\.py"
+  return re.search(wanted, text.replace("\\\n", "")).group(1)
 
 
 def rotated(names, word):
@@ -72,7 +80,7 @@ def run(name, folder, limit):
   """Runs one config; returns a complaint or None."""
   workdir = folder / name
   command = [
-      sys.executable, "-m", "experiments.train",
+      sys.executable, "-m", launcher(name),
       f"--config=configs/{name}.py:runlocal", f"--workdir={workdir}",
       f"--compile_cache={folder / 'xla'}",
   ]

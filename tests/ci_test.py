@@ -36,6 +36,13 @@ def test_every_config_has_its_turn():
   assert RUNLOCAL.rotated([], "a") == []
 
 
+def test_each_config_runs_with_its_own_launcher():
+  assert RUNLOCAL.launcher("dmd2_ring8") == "experiments.train"
+  assert RUNLOCAL.launcher("gopd_markov") == "experiments.train_lm"
+  for name in RUNLOCAL.configs():
+    assert RUNLOCAL.launcher(name).startswith("experiments.train")
+
+
 def test_what_a_finished_run_must_leave(tmp_path):
   assert RUNLOCAL.complaint(tmp_path).startswith("summary.json")
 

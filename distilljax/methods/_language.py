@@ -132,6 +132,26 @@ def fit(batch: Mapping[str, Array], length: int, pad_id: int) -> dict[str, Any]:
   return {**prompt_rows(batch), "tokens": tokens, "where": where}
 
 
+def behaviour(
+  batch: Mapping[str, Array], cap: float
+) -> tuple[Array, Array]:
+  """A rollout's own log-probabilities, and weights for how it was drawn.
+
+  Args:
+    batch: with `log_probs` (the behaviour snapshot at temperature 1),
+      `sampling_log_probs` (what drew the tokens) and `where`.
+    cap: most that a token weighs.
+
+  Returns:
+    (log-probabilities [n, t], importance weights [n, t]), without gradient.
+  """
+  old = jax.lax.stop_gradient(batch["log_probs"])
+  weights = losses.truncated_importance_weights(
+    old, batch["sampling_log_probs"], batch["where"], cap=cap
+  )
+  return old, weights
+
+
 def student_metrics(
   student_logits: Array,
   teacher_logits: Array | None,

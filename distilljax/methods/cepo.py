@@ -45,6 +45,7 @@ DEFAULTS = {
   "clip_low": 0.2,  # of the ratio; official scripts
   "clip_high": 0.28,  # official scripts
   "dual_clip": 3.0,  # official code
+  "importance_cap": 5.0,  # of the sampler's correction; verl's, ours here
   "slices": 1,  # that the evidence's forwards are cut into; ours
 }
 
@@ -154,10 +155,10 @@ def make(
     del context
     where = batch["where"]
     logits = _language.completion_logits(apply, params["student"], batch)
-    log_probs = lm.token_log_probs(logits, batch["tokens"])
-    values = losses.policy_gradient_loss(
-      log_probs,
-      log_probs,
+    old, weights = _language.behaviour(batch, h["importance_cap"])
+    values = weights * losses.policy_gradient_loss(
+      lm.token_log_probs(logits, batch["tokens"]),
+      old,
       batch["advantages"],
       clip_low=h["clip_low"],
       clip_high=h["clip_high"],

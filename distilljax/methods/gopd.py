@@ -9,10 +9,10 @@ position is T^lambda R^(1 - lambda), normalised.
 
 `form="full"` (ours) differentiates the expectation over the whole vocabulary at
 every position of the rollout, `form="sampled"` is the paper's: the advantage of
-the sampled token in a clipped policy gradient. One update for each batch of
-rollouts, so the behaviour snapshot is the student at the start of the step;
-importance weights correct for what the sampler draws differently (its
-temperature and filters, other rounding).
+the sampled token in a clipped policy gradient. The behaviour snapshot is what
+the rollout says of itself at temperature 1: one update for each batch of
+rollouts leaves nothing to clip, rollouts from elsewhere do. Importance weights
+correct for what the sampler drew differently (temperature, filters).
 
 `ratio_cap` (sampled form) bounds T/S inside the advantage as ListOPD does, the
 setting for which arXiv:2605.08737 predicts the reward scale above which a
@@ -29,7 +29,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from distilljax import _checks, lm, losses, train
@@ -98,25 +97,21 @@ def make(
         ours, teacher, reference, reward_scale=scale, top_k=h["loss_top_k"]
       )
       return {"gopd": train.mean(values, where)}, metrics
-    log_probs = lm.token_log_probs(ours, tokens)
-    snapshot = jax.lax.stop_gradient(log_probs)
+    old, weights = _language.behaviour(batch, h["importance_cap"])
     teacher_log_probs = lm.token_log_probs(teacher, tokens)
     advantages = losses.gopd_advantage(
-      snapshot,
+      old,
       teacher_log_probs,
       None if reference is None else lm.token_log_probs(reference, tokens),
       reward_scale=scale,
       max_log_ratio=h["max_log_ratio"],
     )
     if h["ratio_cap"] is not None:
-      gap = teacher_log_probs - snapshot
+      gap = teacher_log_probs - old
       advantages -= jnp.maximum(gap - math.log(h["ratio_cap"]), 0)
-    weights = losses.truncated_importance_weights(
-      snapshot, batch["sampling_log_probs"], where, cap=h["importance_cap"]
-    )
     values = weights * losses.policy_gradient_loss(
-      log_probs,
-      snapshot,
+      lm.token_log_probs(ours, tokens),
+      old,
       advantages,
       clip_low=h["clip_low"],
       clip_high=h["clip_high"],
