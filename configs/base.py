@@ -342,3 +342,36 @@ def on_policy(scale: float, networks: dict, steps: int, lr: float, **more):
   return language_stage(
     "gopd", steps, networks, lr, hyper, repeat=True, **more
   )
+
+
+def narrow(small: bool) -> dict:
+  """A student's network: half as wide as the teachers'; `small` for CI."""
+  width = 16 if small else 32
+  return {"kind": "transformer", "width": width, "depth": 2, "heads": 4}
+
+
+def addition_teacher(
+  title: str, *, small: bool, seed: int, seeds: int
+) -> ml_collections.ConfigDict:
+  """Two-digit sums and a teacher fine-tuned on them; `small` for CI."""
+  config = language(
+    title,
+    "addition",
+    task={"digits": 2},  # of each number
+    seed=seed,
+    seeds=1 if small else seeds,  # students
+    batch_size=16 if small else 64,
+  )
+  config.model = {"kind": "transformer", "width": 64, "depth": 2, "heads": 4}
+  if small:
+    config.data.rows = 512
+    config.model.update(width=16, depth=1)
+  config.teacher = fine_tuned(4 if small else 500, 3e-3)
+  config.evaluation.update(
+    n=64 if small else 1000,
+    models=("teacher", "student"),
+    teacher="teacher",
+    rollouts=("teacher", "student"),
+    watches=0 if small else 4,
+  )
+  return config

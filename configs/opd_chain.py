@@ -38,10 +38,10 @@ def get_config(arg=None):
     config.data.rows = 512
     config.model.update(width=16, depth=1)
   config.stages = ("base", "teacher", "warm", "kd_ce", "kd", "opd")
-  config.base = base.fine_tuned(4 if small else 400, 3e-3)
+  config.base = base.fine_tuned(4 if small else 450, 3e-3)
   config.teacher = base.language_stage(
     "cepo",
-    2 if small else 150,
+    2 if small else 200,
     {"student": {"start": "base"}},
     3e-4,
     {
@@ -51,13 +51,11 @@ def get_config(arg=None):
     },
     batch_size=8 if small else 32,
   )
-  # Half the width: it cannot be the teacher.
-  own = {"kind": "transformer", "width": 16 if small else 32, "depth": 2}
   config.warm = base.language_stage(
     "supervised_kd",
     4 if small else 600,
     {
-      "student": {"start": "scratch", "model": {**own, "heads": 4}},
+      "student": {"start": "scratch", "model": base.narrow(small)},
       "teacher": {"start": "teacher"},
     },
     2e-3,
