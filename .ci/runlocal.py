@@ -2,10 +2,11 @@
 
 python .ci/runlocal.py [--budget=480] [config ...]
 
-Every config is run as a user would, the command of its docstring with
-`:runlocal`, in a folder of its own that is then read. The order starts at a config that the
-commit picks, so that where not all fit, every config has its turn. What ran and
-what did not is printed by name. Exit status 1 if a run failed or none was made.
+Every config is run as a user would, by the command of its docstring with
+`:runlocal`, in a folder of its own that is then read. The order starts at a
+config that the commit picks, so that where not all fit, every config has its
+turn. What ran and what did not is printed by name. Exit status 1 if a run
+failed or none was made.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def launcher(name):
   """The module that a config's docstring says to run it with."""
   text = (ROOT / "configs" / f"{name}.py").read_text()
   wanted = rf"python -m (experiments\.\w+) --config=configs/{name}\.py"
-  return re.search(wanted, text.replace("\\\n", "")).group(1)
+  return re.search(wanted, re.sub(r"\\+\n\s*", "", text)).group(1)
 
 
 def rotated(names, word):

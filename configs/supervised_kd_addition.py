@@ -1,7 +1,7 @@
 """Supervised distillation on sums: a wide teacher, a narrow student.
 
-python -m experiments.train_lm --config=configs/supervised_kd_addition.py \
-  --workdir=/tmp/x
+python -m experiments.train_lm \\
+  --config=configs/supervised_kd_addition.py --workdir=/tmp/x
 
 The task and the teacher of configs/gkd_addition.py; the student learns the
 teacher's distributions on given solutions (`source=data`) or on what the

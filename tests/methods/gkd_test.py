@@ -95,7 +95,8 @@ def test_the_samplers_temperature_is_its_own():
     NETS, on_policy=1.0, sampling_temperature=0, temperature=3.0,
     max_new_tokens=1,
   )
-  student = {"transition": jnp.tile(jnp.array([0.0, 0.1, 0.2, 0.3, 0.0]), (5, 1))}
+  row = jnp.array([[0.0, 0.1, 0.2, 0.3, 0.0]])
+  student = {"transition": jnp.tile(row, (5, 1))}
   rows = method.collect(
     {"student": student, "teacher": markov.shift(1)},
     {"prompts": jnp.zeros((32, 1), int)},
