@@ -215,6 +215,13 @@ def test_one_row_each_is_enough_for_the_biased(kernel):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_two_rows_each_are_enough_for_the_unbiased(x64):
+  x, y = sets()
+  got = losses.mmd(x[:2], y[:2], unbiased=True)
+  want = mmd_numpy(x[:2], y[:2], True, kernel="linear")
+  np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
 def test_median_of_three_points_and_of_the_rows_that_count():
   # Distances 1, 3, 4: the middle one, not a mean of two.
   x, y = jnp.asarray([[0.0], [1.0]]), jnp.asarray([[4.0]])

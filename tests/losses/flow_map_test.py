@@ -1059,6 +1059,8 @@ def test_phase_start(x64, strict):
   np.testing.assert_array_equal(
       losses.phase_start(t, phases=1), np.zeros(6)
   )
+  half = losses.phase_start(t.astype(jnp.bfloat16), phases=4)
+  assert half.dtype == jnp.float32
 
 
 def cosine_path(t):
@@ -1454,6 +1456,7 @@ def test_progressive_num_steps():
   np.testing.assert_array_equal(out, [16, 16, 8, 4, 2, 2, 2, 1, 1, 1])
   assert out.dtype == jnp.int32
   assert int(losses.progressive_num_steps(50000)) == 2048
+  assert int(losses.progressive_num_steps(0, start=2)) == 2  # the least
   with helpers.one_line_error("start must be a power of two"):
     losses.progressive_num_steps(0, start=12)
   with helpers.one_line_error(r"steps_per_stage must be in \[1"):
