@@ -1,26 +1,11 @@
 """A small diffusion transformer with adaLN-zero."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distilljax import _checks
+from distilljax import _checks, kernels
 from distilljax.models import layers
 from distilljax.models.time_embedding import Conditioning
-
-
-def _attention(q, k, v):
-  """softmax(q k / sqrt(d)) v for [b, n, heads, d], in at least float32.
-
-  The only attention of the zoo: a kernel that differentiates in both modes can
-  take its place here.
-  """
-  scale = 1.0 / math.sqrt(q.shape[-1])
-  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
-  weights = jax.nn.softmax(_checks.at_least_float32(scores), axis=-1)
-  return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
 class _Block(nnx.Module):
@@ -42,7 +27,7 @@ class _Block(nnx.Module):
     h = layers.modulate(layers.normalize(x, groups=1), scale, shift)
     q, k, v = jnp.split(self.qkv(h), 3, axis=-1)
     split = lambda a: a.reshape(b, n, self.heads, width // self.heads)
-    h = _attention(split(q), split(k), split(v)).reshape(b, n, width)
+    h = kernels.attention(split(q), split(k), split(v)).reshape(b, n, width)
     x = x + gate[:, None] * self.out(h)
     h = layers.modulate(layers.normalize(x, groups=1), scale_2, shift_2)
     h = self.mlp_out(nnx.gelu(self.mlp_in(h)))

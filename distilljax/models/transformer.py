@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distilljax import _checks
+from distilljax import _checks, kernels
 from distilljax.models import layers
 from distilljax.typing import Params
 
@@ -105,8 +105,23 @@ class _Attention(nnx.Module):
       self.q_norm = _RMSNorm(head_dim, eps=eps)
       self.k_norm = _RMSNorm(head_dim, eps=eps)
 
+  def _whole(self, q, k, v, where):
+    """Attention over a sequence without a cache: `where` [b, l], or None."""
+    if where is None:
+      return kernels.attention(q, k, v, causal=True)
+    # Padding is a segment that no query is in.
+    ids = jnp.where(where, 0, 1).astype(jnp.int32)
+    return kernels.attention(
+        q, k, v, causal=True, q_segment_ids=jnp.zeros_like(ids),
+        kv_segment_ids=ids,
+    )  # fmt: skip
+
   def __call__(self, x, cos, sin, allowed, kv, index):
-    """[b, l, d], and the cache of this block with the new keys in it."""
+    """[b, l, d], and the cache of this block with the new keys in it.
+
+    With a cache `allowed` is bool [b, l, size]; without, it is `where` [b, l]
+    of the tokens themselves, None for all.
+    """
     b, l, _ = x.shape
     q = self.q_proj(x).reshape(b, l, -1, self.head_dim)
     k = self.k_proj(x).reshape(b, l, -1, self.head_dim)
@@ -114,12 +129,13 @@ class _Attention(nnx.Module):
     if self.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if kv is None:
+      return self.o_proj(self._whole(q, k, v, allowed).reshape(b, l, -1)), None
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if kv is not None:
-      start = (0, 0, index, 0)
-      k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
-      v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
-      kv = (k, v)
+    start = (0, 0, index, 0)
+    k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
+    v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
+    kv = (k, v)
     # [b, kv_heads, groups * l, hd]: the heads of a group read the same keys.
     q = q.reshape(b, l, self.kv_heads, self.groups, self.head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(b, self.kv_heads, -1, self.head_dim)
@@ -306,6 +322,7 @@ class Transformer(nnx.Module):
         lambda x: (x >= 0) & (x < self.vocab_size),
         f"in [0, {self.vocab_size - 1}]",
     )
+    given = where
     if where is None:
       where = jnp.ones((b, l), bool)
     _checks.boolean(name, where=where)
@@ -317,8 +334,7 @@ class Transformer(nnx.Module):
       cache = self._empty(b, cache, dtype)
     if cache is None:
       before = jnp.zeros((b, 1), jnp.int32)
-      step = jnp.arange(l)
-      allowed = where[:, None, :] & (step[None, :] <= step[:, None])[None]
+      allowed = given
     else:
       size = cache.where.shape[1]
       _checks.shape(

@@ -5,6 +5,7 @@ JAX are held against it; what no implementation may get wrong (masks, sizes,
 statistics) is held against `oracle.py`.
 """
 
+import doctest
 import functools
 import re
 import warnings
@@ -531,6 +532,11 @@ def test_attention_jvp_is_jvp(given, x64, strict):
 
 
 # --- choice of implementation, bad input ---------------------------------
+
+
+def test_docstring_example():
+  done = doctest.testmod(api)
+  assert done.failed == 0 and done.attempted >= 3
 
 
 def test_default_on_cpu_is_xla():
