@@ -118,6 +118,19 @@ def test_mmd_defaults(x64):
       mmd(x[:3], y, kernel="rbf"),
       rtol=1e-9,
   )
+  # One pair is its own median, below 1 or not.
+  x, y = x / 50, y / 50
+  one = {"where_x": jnp.arange(N) < 1, "where_y": jnp.arange(M) < 1}
+  distance = np.linalg.norm(np.asarray(x[0] - y[0]))
+  assert distance < 1
+  np.testing.assert_allclose(
+      mmd(x, y, kernel="rbf", **one),
+      mmd_numpy(
+          x[:1], y[:1], False, kernel="rbf", bandwidths=(0.5, 1.0, 2.0),
+          scale=distance,
+      ),
+      rtol=1e-9,
+  )
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=IDS)
