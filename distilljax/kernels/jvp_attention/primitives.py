@@ -110,7 +110,22 @@ def _eager(primitive, *operands, spec, **params):
   return _jitted(primitive, spec, tuple(sorted(params.items())))(*operands)
 
 
+def _check_platform(spec, platforms):
+  """Refuses to lower a kernel for a platform that has no compiler for it."""
+  if spec.implementation not in KERNELS:
+    return
+  package = __name__.rpartition(".")[0]
+  module = importlib.import_module(f"{package}.{spec.implementation}")
+  for platform in platforms:
+    if not module.runs_on(platform):
+      raise ValueError(
+          f"attention: implementation must be 'xla' or 'reference' on"
+          f" {platform}, got {spec.implementation!r}"
+      )
+
+
 def _lower(primitive, ctx, *operands, spec, **params):
+  _check_platform(spec, ctx.module_context.platforms)
   fn = _jitted(primitive, spec, tuple(sorted(params.items())))
   # The program of one device knows nothing of the mesh's axes.
   plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
