@@ -181,7 +181,7 @@ def image_grid(
       if i == len(labels) or labels[i] != labels[start]:
         middle = (start + i - 1) / 2
         ticks.append(middle * step_y + (step_y - gap) / 2)
-        texts.append(textwrap.fill(labels[start], 16))
+        texts.append(textwrap.fill(labels[start], 14))
         start = i
     axes.set_yticks(ticks, texts, color=style.text)
 
