@@ -77,6 +77,10 @@ def test_heun(x64):
     np.testing.assert_allclose(out, expected, rtol=1e-12)
     out = processes.heun(network, *args, euler_last=last, unroll=True)
     np.testing.assert_allclose(out, expected, rtol=1e-12)
+    if not last:
+      np.testing.assert_allclose(
+          processes.heun(network, *args), expected, rtol=1e-12
+      )
 
 
 def test_orders_of_convergence(x64):
@@ -404,6 +408,8 @@ def test_bad_input(name):
     run(network, x, jnp.array([3, 2, 1, 0]), z)
   with distilljax.debug(), one_line_error("times must be decreasing"):
     run(network, x, t[::-1], z)
+  with distilljax.debug(), one_line_error("times must be decreasing"):
+    run(network, x, t[jnp.array([0, 3, 2, 1])], z)  # none above the first
   if name in ("ancestral", "multistep_consistency", "predict_and_renoise"):
     with one_line_error("noises must be"):
       run(network, x, t, z[:2])
