@@ -375,3 +375,43 @@ def addition_teacher(
     watches=0 if small else 4,
   )
   return config
+
+
+def chain_teacher(
+  title: str, *, small: bool, seed: int, seeds: int
+) -> ml_collections.ConfigDict:
+  """Chains of four operations, a base and its RL teacher; `small` for CI.
+
+  The blocks are `base`, fine-tuned on solutions, and `teacher`, trained from it
+  by GRPO with a reward for a right trace.
+  """
+  config = language(
+    title,
+    "chain",
+    task={
+      "ops": 4,  # operations of a chain
+      "operators": "+-*",
+    },
+    seed=seed,
+    seeds=1 if small else seeds,  # students of each kind
+    batch_size=16 if small else 64,
+  )
+  config.model = {"kind": "transformer", "width": 64, "depth": 2, "heads": 4}
+  if small:
+    config.data.rows = 512
+    config.model.update(width=16, depth=1)
+  config.base = fine_tuned(4 if small else 450, 3e-3)
+  config.teacher = language_stage(
+    "cepo",
+    2 if small else 200,
+    {"student": {"start": "base"}},
+    3e-4,
+    {
+      "credit": "grpo",
+      "reward": "trace",  # 1 for a right trace, 0 else
+      "num_samples": 8,  # rollouts of a prompt
+    },
+    batch_size=8 if small else 32,
+  )
+  config.evaluation.update(n=64 if small else 1000, teacher="teacher")
+  return config

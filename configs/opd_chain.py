@@ -22,35 +22,13 @@ from distilljax.train import config as config_lib
 def get_config(arg=None):
   arg = config_lib.parse_arg(arg, runlocal=False, seed=0, seeds=3)
   small = arg.runlocal
-  config = base.language(
+  config = base.chain_teacher(
     "A small language model distilled on its own samples",
-    "chain",
-    task={
-      "ops": 4,  # operations of a chain
-      "operators": "+-*",
-    },
+    small=small,
     seed=arg.seed,
-    seeds=1 if small else arg.seeds,  # students of each kind
-    batch_size=16 if small else 64,
+    seeds=arg.seeds,
   )
-  config.model = {"kind": "transformer", "width": 64, "depth": 2, "heads": 4}
-  if small:
-    config.data.rows = 512
-    config.model.update(width=16, depth=1)
   config.stages = ("base", "teacher", "warm", "kd_ce", "kd", "opd")
-  config.base = base.fine_tuned(4 if small else 450, 3e-3)
-  config.teacher = base.language_stage(
-    "cepo",
-    2 if small else 200,
-    {"student": {"start": "base"}},
-    3e-4,
-    {
-      "credit": "grpo",
-      "reward": "trace",  # 1 for a right trace, 0 else
-      "num_samples": 8,  # rollouts of a prompt
-    },
-    batch_size=8 if small else 32,
-  )
   config.warm = base.language_stage(
     "supervised_kd",
     4 if small else 600,
@@ -76,7 +54,6 @@ def get_config(arg=None):
     )
   config.opd = base.on_policy(1.0, pair, steps, 2e-3)
   config.evaluation.update(
-    n=64 if small else 1000,
     models=config.stages,
     labels={
       "base": "base",
@@ -86,7 +63,6 @@ def get_config(arg=None):
       "kd": "student, supervised KD",
       "opd": "student, on-policy",
     },
-    teacher="teacher",
     rollouts=("warm", "kd", "opd", "teacher"),
     watches=0 if small else 3,
   )

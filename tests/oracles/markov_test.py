@@ -215,6 +215,27 @@ def test_return_grows_with_the_reward_scale(scale, x64):
   )
 
 
+def test_the_call_form_of_a_language_model():
+  """Row t is the transition of token t; nothing is remembered."""
+  model = oracles.make_markov_lm(jax.random.key(0), 4)
+  params = {"transition": model.transition}
+  ids = jnp.array([[0, 3, 1], [2, 2, 0]])
+  logits = oracles.markov_apply(params, ids)
+  np.testing.assert_array_equal(logits, model.transition[ids])
+  np.testing.assert_allclose(
+    jax.nn.log_softmax(logits[:, :-1]),
+    oracles.sequence_logits(model, ids)[:, 1:],
+    rtol=1e-6,
+  )
+  last, cache = oracles.markov_apply(
+    params, ids, where=None, cache=7, last=True
+  )
+  np.testing.assert_array_equal(last, logits[:, -1:])
+  again, cache = oracles.markov_apply(params, ids[:, :1], cache=cache)
+  np.testing.assert_array_equal(again, logits[:, :1])
+  assert cache.shape == (2, 0)
+
+
 def test_bad_input():
   p = oracles.make_markov_lm(jax.random.key(0), 4)
   with one_line_error("model.transition must be"):

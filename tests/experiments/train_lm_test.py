@@ -1,0 +1,313 @@
+"""The launcher of language models: one line for bad input, whole small runs."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from distilljax import train
+from distilljax.train import config as config_lib
+from experiments import language, language_figures, language_job, launch
+from experiments import train_lm as launcher
+from tests import helpers
+
+CHAIN = "configs/opd_chain.py:runlocal"
+EXACT = "configs/gopd_markov.py:runlocal"
+SUMS = "configs/gkd_addition.py:runlocal"
+
+
+def one_device():
+  return train.make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def signals():
+  kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  with helpers.as_user():
+    yield
+  for number, handler in kept.items():
+    signal.signal(number, handler)
+
+
+def command(capsys, *arguments):
+  """Runs the launcher's main in this process: (exit code, stdout, stderr)."""
+  rest, overrides = launch.split_overrides(["train_lm", *arguments])
+  flags.FLAGS.unparse_flags()
+  argv = flags.FLAGS(rest)
+  try:
+    launcher.main(argv, overrides)
+    code = 0
+  except SystemExit as e:
+    code = e.code
+  out = capsys.readouterr()
+  for name in ("config", "workdir"):
+    flags.FLAGS[name].value = None
+  return code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+  """A small job of two stages, start to end."""
+  folder = tmp_path_factory.mktemp("sums")
+  lines = []
+  with helpers.as_user():
+    language_job.train_and_evaluate(
+      config_lib.load(SUMS), folder, command="cmd", log=lines.append,
+      mesh=one_device(),
+    )
+  return folder, json.loads((folder / "summary.json").read_text()), lines
+
+
+@pytest.mark.parametrize(
+  "arguments,match",
+  [
+    ([f"--config={CHAIN}", "--config.opd.stpes=3"], "did you mean 'opd.steps'"),
+    ([f"--config={CHAIN}", "--config.data.name=chian"], "must be one of"),
+    ([f"--config={CHAIN}", "--config.model.kind=mlp"], "must be 'transformer'"),
+    ([f"--config={CHAIN}", "--config.seeds=0"], "seeds must be >= 1"),
+    (
+      [f"--config={CHAIN}", "--config.teacher.hyper.reward=speed"],
+      "must be 'reward' or 'trace', got 'speed'",
+    ),
+    (
+      [f"--config={CHAIN}", "--config.kd.networks.teacher.start=opd"],
+      "start must be one of",
+    ),
+    (
+      [f"--config={SUMS}", "--config.stages=('teacher','student','studnet')"],
+      "stage 'studnet' has no block",
+    ),
+    (
+      [f"--config={CHAIN}", "--config.evaluation.teacher=warn"],
+      "evaluation names 'warn'",
+    ),
+    (
+      [f"--config={CHAIN}", "--config.data.batch_size=30"],
+      "divisible by 8 devices, got 30; nearest: 32",
+    ),
+    ([f"--config={CHAIN}", "--config.task.ops=12"], "ops must be in [1, 9]"),
+    ([f"--config={EXACT}", "--config.model.kind=mlp"], "must be 'markov'"),
+    ([f"--config={CHAIN}", "more"], "unknown argument 'more'"),
+    ([], "give --config="),
+  ],
+)
+def test_bad_input_stops_before_any_work(capsys, tmp_path, arguments, match):
+  folder = tmp_path / "run"
+  code, _, err = command(
+    capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
+  )
+  lines = [r for r in err.splitlines() if r.strip()]
+  assert code in (1, 2), err
+  assert len(lines) == 1 and match in lines[0], err
+  assert not folder.exists()
+
+
+def test_a_sampler_that_the_loss_does_not_assume_is_refused():
+  config = config_lib.load("configs/cliff_json.py:runlocal")
+  with config.unlocked():
+    config.scale_200.hyper.sampling_temperature = 0.5
+  with helpers.one_line_error("scale_200: .*temperature .sampler 0.5, loss 1"):
+    language_job.build(config)
+  config = config_lib.load(CHAIN)
+  with config.unlocked():
+    config.opd.hyper.eos_id = 5
+  with helpers.one_line_error("opd: .*eos_id"):
+    language_job.build(config)
+
+
+def test_a_run_leaves_everything(sums):
+  folder, summary, lines = sums
+  for name in (
+    "config.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints"
+  ):
+    assert (folder / name).exists(), name
+  rows = {(r["model"], r["metric"]): r for r in summary["scores"]}
+  assert len(rows) == len(summary["scores"])
+  for model in ("teacher", "student"):
+    for metric in (
+      "answer", "trace", "parsed", "answer_greedy", "trace_greedy",
+      "entropy", "reverse_kl", "forward_kl", "tokens_per_second",
+    ):
+      row = rows[model, metric]
+      assert np.isfinite(row["value"]) and row["n"] == 64
+      assert row["steps"] is None
+  for metric in ("reverse_kl", "forward_kl"):
+    assert rows["teacher", metric]["value"] == 0
+    assert rows["student", metric]["value"] > 0
+  assert rows["student", "tokens_per_second"]["value"] > 0
+  # The headline comes first: tiles and chart show it.
+  assert summary["scores"][0]["metric"] == "answer"
+  assert {
+    "seconds", "cpu_seconds", "compile_seconds", "params_sha256", "versions",
+    "seed", "seeds", "floors",
+  } <= set(summary)
+  assert set(summary["parameters"]) == {
+    "teacher/student", "student_0/student", "student_0/teacher"
+  }
+  assert summary["floors"][0]["model"].startswith("floor")
+  assert lines[-1].startswith("reached answer: teacher")
+  page = (folder / "report.html").read_text()
+  assert "Rollouts before and after" in page and "cmd" in page
+  assert "Training: student_0" in page
+
+
+def test_the_same_command_says_that_it_is_finished(sums, capsys):
+  folder, *_ = sums
+  before = (folder / "summary.json").read_bytes()
+  code, out, _ = command(
+    capsys, f"--config={SUMS}", f"--workdir={folder}", "--compile_cache=off"
+  )
+  assert code == 0 and "finished before" in out
+  assert (folder / "summary.json").read_bytes() == before
+
+
+def test_stages_start_where_they_say():
+  """The student's own size, the same repetition, exact known models."""
+  config = config_lib.load(CHAIN)
+  with config.unlocked():
+    config.seeds = 2
+  built = language_job.build(config, devices=1)
+  names = [s.name for s in built.stages]
+  assert names[:3] == ["base", "teacher", "warm_0"]
+  opd = built.stages[names.index("opd_1")]
+  key = jax.random.key(0)
+  base = built.stages[0].init(key, {})
+  results = {"base": base, "teacher": base}
+  for i in range(2):
+    stage = built.stages[names.index(f"warm_{i}")]
+    results[f"warm_{i}"] = stage.init(jax.random.key(i), results)
+  start = opd.init(key, results)
+  same = lambda a, b: all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+  )
+  assert same(start["student"], results["warm_1"]["student"])
+  assert not same(start["student"], results["warm_0"]["student"])
+  assert same(start["teacher"], base["student"])
+  # One function a kind of network, so that programs are shared.
+  assert built.networks["warm"] is built.networks["opd"]
+  assert built.networks["base"] is built.networks["teacher"]
+
+
+def test_the_exact_job_and_its_resume(tmp_path):
+  """SIGTERM in the middle; the resumed run ends in the same bits."""
+  config = config_lib.load(EXACT)
+  with config.unlocked():
+    config.stages = ("scale_200",)
+    del config.scale_100
+    config.evaluation.models = ("base", "teacher", "scale_200")
+    config.evaluation.sweep.stages = ("scale_200",)
+
+  class Stop(train.Hook):
+    def on_step(self, moment):
+      if moment.stage.name == "scale_200_0" and moment.step == 7:
+        signal.raise_signal(signal.SIGTERM)
+
+  run = lambda folder, **more: language_job.train_and_evaluate(
+    config, folder, log=lambda _: None, mesh=one_device(), **more
+  )
+  whole = run(tmp_path / "a")
+  with pytest.raises(train.Interrupted, match="saved. The same command"):
+    run(tmp_path / "b", hooks=[Stop()])
+  again = run(tmp_path / "b")
+  assert again["params_sha256"] == whole["params_sha256"]
+  assert again["scores"] == whole["scores"]
+  rows = {(r["model"], r["metric"]): r["value"] for r in whole["scores"]}
+  base, teacher, student = (
+    rows[m, "return"] for m in ("base", "teacher", "reward scale 2")
+  )
+  assert base < teacher and base < student  # 20 of 150 steps
+  assert 0 < rows["reward scale 2", "target_kl"] < 1.0
+  assert "Sweep over reward_scale" in (tmp_path / "a/report.html").read_text()
+
+
+def test_evidence_and_rewards_are_the_tasks():
+  config = config_lib.load("configs/cepo_chain.py:runlocal")
+  problem = language.make_problem(config)
+  task = problem.task
+  rows = task.sample(4, seed=0, split="train")
+  functions = problem.functions({})
+  shown = functions["evidence"](
+    jax.numpy.asarray(rows.prompts), jax.numpy.asarray(rows.completions)
+  )
+  np.testing.assert_array_equal(
+    shown, task.hint(rows.prompts, rows.completions[:, : task.hint_length])
+  )
+  wrong = rows.completions.copy()
+  wrong[:, 0] = np.where(wrong[:, 0] == 2, 3, 2)  # the first step alone
+  reward = functions["reward"](rows.prompts, wrong)
+  np.testing.assert_array_equal(reward, np.ones(4))
+  trace = problem.functions({"reward": "trace"})["reward"](rows.prompts, wrong)
+  np.testing.assert_array_equal(trace, np.zeros(4))
+
+
+def test_hints_are_shown_at_their_share():
+  config = config_lib.load("configs/cepo_chain.py:runlocal")
+  problem = language.make_problem(config)
+  batches = problem.batches(512, 0, {"hints": 0.25})()
+  rows = next(batches)
+  task = problem.task
+  slots = rows["prompts"][:, : task.hint_length]
+  filled = np.all(slots == rows["tokens"][:, : task.hint_length], axis=1)
+  blank = np.all(slots == task.pad_id, axis=1)
+  assert np.all(filled | blank)
+  assert abs(filled.mean() - 0.25) < 0.08  # 4 standard errors
+  assert np.all(rows["prompts"][:, task.hint_length] == task.vocab.index(":"))
+
+
+def test_the_cliff_is_quoted_at_the_binding_position():
+  """A model that is the exact table of the contract's first position."""
+  config = config_lib.load("configs/cliff_json.py:runlocal")
+  problem = language.make_problem(config)
+  found = {"teacher": [0.05, 0.02], "base": [0.4, 0.5]}
+  problem.off_modal = lambda model: np.asarray(found[model.stage])
+  of = {
+    name: [language.Model(name, None, None)] for name in ("teacher", "base")
+  }
+  cliff = problem.facts(of)["cliff"]
+  logit = lambda p: np.log(p / (1 - p))
+  expected = [
+    1 + np.log(1 + 2 / p) / (logit(p) - logit(b))
+    for p, b in ((0.95, 0.6), (0.98, 0.5))
+  ]
+  np.testing.assert_allclose(cliff["thresholds"], expected, rtol=1e-9)
+  assert cliff["binding"] == min(cliff["thresholds"])
+  assert cliff["c"] == 3.0
+
+
+def test_off_modal_mass_reads_the_structure(monkeypatch):
+  config = config_lib.load("configs/cliff_json.py:runlocal")
+  problem = language.make_problem(config)
+  task = problem.task
+  v = len(task.vocab)
+
+  def apply(params, tokens, **_):
+    del params
+    # Always "," with probability .7, the rest spread evenly.
+    p = np.full(v, 0.3 / (v - 1))
+    p[task.vocab.index(",")] = 0.7
+    return jax.numpy.broadcast_to(np.log(p), (*tokens.shape, v))
+
+  off = problem.off_modal(language.Model("x", apply, {}))
+  # "[" , , "]" EOS: two of five structural tokens are the comma.
+  other = 1 - 0.3 / (v - 1)
+  np.testing.assert_allclose(off, [other, 0.3, 0.3, other, other], atol=1e-6)
+
+
+def test_figures_hold_what_they_show():
+  table = language_figures.text_table(
+    ["prompt", "student"], [["1+1=", "2"], ["2+2=", "5"]],
+    [[None, True], [None, False]], title="t", caption="c",
+  )
+  assert table.data == {"prompt": ["1+1=", "2+2="], "student": ["2", "5 x"]}
+  sweep = language_figures.sweep(
+    [("parsed", "parse rate")], [1.0, 2.0],
+    {"parsed": np.array([[0.5, 0.6], [0.7, 0.8]])},
+    x_label="scale", title="t", caption="c",
+  )
+  assert sweep.data == {
+    "scale": [1.0, 1.0, 2.0, 2.0], "repetition": [0, 1, 0, 1],
+    "parsed": [0.5, 0.6, 0.7, 0.8],
+  }
