@@ -260,9 +260,8 @@ def dpm_solver(
   before = jnp.concatenate([first, steps[:-1]])
   usable = jnp.isfinite(steps) & jnp.isfinite(before)
   usable = usable & (jnp.arange(steps.shape[0]) > 0)[:, None]
-  ratio = jnp.where(usable, steps, jnp.zeros_like(steps)) / (
-      2 * jnp.where(usable, before, jnp.ones_like(before))
-  )
+  # 0 / inf where the step before came from pure noise.
+  ratio = jnp.where(usable, steps, jnp.zeros_like(steps)) / (2 * before)
 
   def step(state, t, alpha, sigma, alpha_r, sigma_r, ratio):
     x, previous = state

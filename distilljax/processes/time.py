@@ -157,9 +157,7 @@ def sample_mean_flow_times(
     else:
       normal = jax.random.normal(keys[0], (2, *shape))
       pair = jax.nn.sigmoid(mean + std * normal)
-    t, r = ordered_pair(
-        shift_time(pair[0], shift=shift), shift_time(pair[1], shift=shift)
-    )
+    t, r = ordered_pair(*shift_time(pair, shift=shift))
     coins = [jax.random.uniform(k, shape) for k in keys[1:]]
     t = jnp.where(coins[0] < t_one, jnp.ones_like(t), t)
     r = jnp.where(coins[1] < r_zero, jnp.zeros_like(r), r)
@@ -515,7 +513,7 @@ def sample_any_flow_times(
   def draw(key):
     of_pair, of_part = jax.random.split(key)
     pair = jax.random.uniform(of_pair, (2, *shape))
-    return (*ordered_pair(pair[0], pair[1]), jax.random.uniform(of_part, shape))
+    return (*ordered_pair(*pair), jax.random.uniform(of_part, shape))
 
   t, r, place = _per_key(draw, key)
   if part is not None:

@@ -294,6 +294,15 @@ def test_predict_and_renoise(x64):
       np.testing.assert_allclose(t, rows(TIMES[k]), rtol=1e-12)
 
 
+def test_predict_and_renoise_of_one_step_simulates_nothing():
+  x, one = jnp.ones((2, 3)), jnp.array([0.9])
+  out, t = processes.predict_and_renoise(
+      network, x, one, jnp.zeros((0, 2, 3)), 0, path=RF
+  )
+  np.testing.assert_array_equal(out, x)
+  np.testing.assert_array_equal(t, [one[0], one[0]])
+
+
 def test_predict_and_renoise_times_of_rows(x64):
   """rCM draws its simulation times for each row."""
   x, z = data(), noises(1)

@@ -1,5 +1,6 @@
 """Grids and draws of times: tables worked out by hand, and moments."""
 
+import functools
 import math
 
 import jax
@@ -88,6 +89,16 @@ def test_logit_normal_times():
     processes.sample_logit_normal_times(keys(1)[0], std=-1.0)
 
 
+def test_logit_normal_defaults():
+  t = processes.sample_logit_normal_times(keys())
+  np.testing.assert_array_equal(
+      t, processes.sample_logit_normal_times(keys(), mean=0, std=1, shift=1)
+  )
+  logit = np.log(t) - np.log1p(-t)
+  close(logit, 0, 1)
+  close(logit**2, 1, math.sqrt(2))
+
+
 def test_log_normal_sigmas():
   sigma = processes.sample_log_normal_sigmas(keys())
   close(np.log(sigma), -1.2, 1.2)
@@ -171,6 +182,23 @@ def test_mean_flow_end_masses():
   )
   np.testing.assert_array_equal(always[0], 1)
   np.testing.assert_array_equal(always[1], 0)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_mean_flow_masses_do_not_see_the_pair(distribution):
+  sample = functools.partial(
+      processes.sample_mean_flow_times, keys(), distribution=distribution
+  )
+  t, r = (np.asarray(a) for a in sample(equal=0.0))
+  t_one, _ = sample(equal=0.0, t_one=0.2)
+  _, r_zero = sample(equal=0.0, r_zero=0.2)
+  _, same = sample(equal=0.2)
+  # The draws are those of t, r; where each mass fell must not matter to them.
+  for hit in (t_one == 1, r_zero == 0, same == t):
+    hit = np.asarray(hit)
+    assert hit.mean() == pytest.approx(0.2, abs=0.02)
+    for a in (t, r, t - r):
+      close(a[hit], a.mean(), a.std())
 
 
 def test_mean_flow_split_by_index():
@@ -266,6 +294,7 @@ def test_karras_sigmas(x64):
       (dict(n=9, length=5), "n must be"),
       (dict(n=9, sigma_min=0.0), "sigma_min"),
       (dict(n=9, sigma_max=0.001), "sigma_max"),
+      (dict(n=9, sigma_max=0.002), "sigma_max"),
       (dict(n=9, rho=0.0), "rho"),
       (dict(n=jnp.int32(9)), "length must be given"),
   ):
@@ -296,6 +325,8 @@ def test_lognormal_levels(x64):
   np.testing.assert_array_equal(processes.lognormal_levels(sigmas[:2]), [1])
   with one_line_error("2 or more levels"):
     processes.lognormal_levels(sigmas[:1])
+  half = processes.lognormal_levels(sigmas.astype(jnp.bfloat16))
+  assert half.dtype == jnp.float32
   with one_line_error(r"\[n\]"):
     processes.lognormal_levels(sigmas[None])
 
@@ -399,6 +430,23 @@ def test_ect_next_times(x64):
     processes.ect_next_times(jnp.asarray(t), -1)
   with one_line_error("q must be"):
     processes.ect_next_times(jnp.asarray(t), 0, q=1.0)
+
+
+def test_tbcm_route_lengths():
+  assert processes.tbcm_route().shape == (16,)
+  # u = 1 and 1/2 of a model with two times, shifted twice: 2.5 / 3.5, then
+  # 2.5 x / (1 + 1.5 x).
+  low = 2.5 / 3.5
+  low = 2.5 * low / (1 + 1.5 * low)
+  np.testing.assert_allclose(
+      processes.tbcm_route(2, num_train=2),
+      [math.pi / 2, math.atan2(low, 1 - low)], rtol=1e-6,
+  )
+
+
+def test_ect_next_times_are_wide():
+  half = processes.ect_next_times(jnp.ones(2, jnp.bfloat16), 1)
+  assert half.dtype == jnp.float32
 
 
 def test_tbcm_route(x64):
