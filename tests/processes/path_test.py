@@ -518,6 +518,11 @@ def test_bad_input():
       path.add_noise(x, x, t_bad)
     with one_line_error(r"t must be in \[0, 1\]"):
       path.sigma(t_bad)
+    with one_line_error(r"conditioning: t must be in \[0, 1\]"):
+      path.conditioning(t_bad, "x0", "v")
+  np.testing.assert_allclose(
+      path.conditioning(0.5, "x0", "v"), path.conditioning(t, "x0", "v")[0]
+  )
   with one_line_error(r"t must be in \[0, 0.9999\].*epsilon -> x0 is singular"):
     path.convert(x, x, 1.0, "epsilon", "x0")
   with one_line_error(r"t must be in \[0.0001, 1\].*x0 -> score is singular"):
