@@ -6,11 +6,13 @@ runs only over the support of its weights, and what is left out is replaced
 before the arithmetic, never after it.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from distilljax import _checks
 from distilljax.typing import Array
@@ -121,16 +123,20 @@ def log_probs(logits: Array, temperature: Any = 1.0) -> Array:
   return jax.nn.log_softmax(logits / temperature, axis=-1)
 
 
+def weighted(log_weights: Array, values: Array) -> Array:
+  """exp(log_weights) values, 0 where the weight is 0 whatever the value is."""
+  support = log_weights > -jnp.inf
+  return jnp.where(support, jnp.exp(log_weights), 0) * jnp.where(
+    support, values, 0
+  )
+
+
 def expectation(log_weights: Array, values: Array) -> Array:
   """sum exp(log_weights) values over the last axis, where weights are not 0.
 
   `values` may be infinite or NaN where the weight is 0.
   """
-  support = log_weights > -jnp.inf
-  return jnp.sum(
-    jnp.where(support, jnp.exp(log_weights), 0) * jnp.where(support, values, 0),
-    axis=-1,
-  )
+  return jnp.sum(weighted(log_weights, values), axis=-1)
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:
@@ -139,9 +145,26 @@ def log_ratio(log_p: Array, log_q: Array) -> Array:
   return jnp.where(support, log_p, 0) - jnp.where(support, log_q, 0)
 
 
+@jax.custom_jvp
 def kl(log_p: Array, log_q: Array) -> Array:
   """KL(p||q) over the last axis; +inf where q is 0 and p is not."""
   return expectation(log_p, log_ratio(log_p, log_q))
+
+
+# Written out, here and for the JSD: of the graph of selects that guards the
+# values, reverse mode would keep several arrays of the vocabulary's width.
+def _kl_jvp(primals, tangents):
+  log_p, log_q = primals
+  d_p, d_q = tangents
+  out = jnp.zeros_like(log_p[..., 0])
+  if not isinstance(d_p, SymbolicZero):
+    out += jnp.sum(weighted(log_p, log_ratio(log_p, log_q) + 1) * d_p, axis=-1)
+  if not isinstance(d_q, SymbolicZero):
+    out -= jnp.sum(jnp.exp(log_p) * d_q, axis=-1)
+  return kl(log_p, log_q), out
+
+
+kl.defjvp(_kl_jvp, symbolic_zeros=True)
 
 
 def log_mix(log_p: Array, log_q: Array, weight: Any) -> Array:
@@ -162,8 +185,36 @@ def jsd(log_q: Array, log_p: Array, beta: Any) -> Array:
     return kl(log_p, log_q)
   if beta == 1:
     return kl(log_q, log_p)
+  return _interior_jsd(log_q, log_p, beta)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _interior_jsd(log_q: Array, log_p: Array, beta: float) -> Array:
+  """`jsd` for 0 < beta < 1."""
   log_m = log_mix(log_p, log_q, beta)
-  return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+  return jnp.sum(
+    beta * weighted(log_p, log_ratio(log_p, log_m))
+    + (1 - beta) * weighted(log_q, log_ratio(log_q, log_m)),
+    axis=-1,
+  )
+
+
+def _jsd_jvp(beta, primals, tangents):
+  log_q, log_p = primals
+  log_m = log_mix(log_p, log_q, beta)
+  out = jnp.zeros_like(log_q[..., 0])
+  # What the mixture's tangent adds is what the weights' own tangents take away.
+  for log_w, share, d in (
+    (log_q, 1 - beta, tangents[0]),
+    (log_p, beta, tangents[1]),
+  ):
+    if not isinstance(d, SymbolicZero):
+      slope = share * weighted(log_w, log_ratio(log_w, log_m))
+      out += jnp.sum(slope * d, axis=-1)
+  return _interior_jsd(log_q, log_p, beta), out
+
+
+_interior_jsd.defjvp(_jsd_jvp, symbolic_zeros=True)
 
 
 def log1mexp(x: Array) -> Array:
