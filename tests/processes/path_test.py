@@ -395,12 +395,15 @@ def test_table(x64):
   assert not path.alpha_ends and not path.sigma_starts
   again = processes.VariancePreserving.from_table(TABLE)
   np.testing.assert_allclose(again.sigma(t) ** 2, 1 - TABLE, rtol=1e-9)
+  two = processes.VariancePreserving.from_table([0.9, 0.1])
+  np.testing.assert_allclose(two.alpha(jnp.array([0.0, 1.0])) ** 2, [0.9, 0.1])
   zero = PATHS["zero_table"]
   assert zero.alpha_ends and zero.sigma_starts
   for bad, match in (
       ([0.9], "alphas_cumprod must be 2 or more entries"),
       ([0.5, 0.5], "strictly decreasing"),
       ([0.5, 0.9], "strictly decreasing"),
+      ([0.9, 0.5, 0.7], "strictly decreasing"),
       ([1.5, 0.5], r"in \[0, 1\]"),
       ([0.5, -0.1], r"in \[0, 1\]"),
       ([[0.5, 0.1]], r"\[n\]"),
