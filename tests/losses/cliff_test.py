@@ -11,6 +11,7 @@ import pytest
 
 from distilljax import losses
 
+
 def logit(p):
   return np.log(p) - np.log1p(-p)
 
