@@ -26,7 +26,7 @@ def network(net, x, embedding, t, skip):
 
 def reproduce(golden):
   skip, w = golden.number("skip"), golden.number("guidance_scale")
-  clip = golden.number("grad_clip", -1.0)
+  clip = golden.number("grad_clip")
   clip = clip if clip > 0 else None
   teacher, critic = golden.inputs("pretrain_"), golden.inputs("q_")
   latents, pose = golden["latents"], golden["pose"]

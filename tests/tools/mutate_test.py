@@ -144,7 +144,10 @@ def test_equivalent_list(tmp_path):
   assert mutate.read_equivalent(path) == {"a | f | x -> y | same": "because"}
   known = {
       m.name
-      for module in mutate.MODULES
+      for module in (
+          *mutate.MODULES,
+          *(f"tests.golden_readers.{name}" for name in mutate.READERS),
+      )
       for m in mutate.mutants_of(
           module, (ROOT / (module.replace(".", "/") + ".py")).read_bytes()
       )
