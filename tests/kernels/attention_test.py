@@ -22,8 +22,9 @@ from tests.helpers import one_line_error
 from tests.kernels import oracle
 
 CASES = {
-    "causal": {"causal": True, "n": 6, "m": 6, "kv_heads": 1, "scale": 0.3},
-    "causal_cross": {"causal": True, "n": 4, "m": 9},
+    "causal_cross": {
+        "causal": True, "n": 4, "m": 9, "kv_heads": 1, "scale": 0.3,
+    },
     # The first rows see nothing: m < n, bottom-right aligned.
     "causal_empty_rows": {"causal": True, "n": 8, "m": 5, "h": 2},
     "one_row": {"n": 1, "m": 6, "h": 2, "kv_heads": 2},
@@ -340,7 +341,21 @@ def causal(implementation):
   )
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+# Each is a compile; what only combines others is left to `pytest -m slow`.
+COMBINED = (
+    "vmap_of_reverse_over_forward", "linearize_of_jvp",
+    "reverse_over_forward_in_checkpoint", "mean_flow_of_inner_jit",
+    "mean_flow_of_checkpoint_that_saves", "vmap_of_grad",
+)  # fmt: skip
+
+
+def quick_unless(slow, names):
+  return [
+      pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names
+  ]
+
+
+@pytest.mark.parametrize("name", quick_unless(COMBINED, TRANSFORMS))
 def test_transforms_of_a_jitted_program(name, x64):
   transform = TRANSFORMS[name]
   ours, theirs = jax.jit(
@@ -349,13 +364,12 @@ def test_transforms_of_a_jitted_program(name, x64):
   check(ours, theirs, 1e-13)
 
 
-EAGER = (
-    "mean_flow", "mean_flow_in_checkpoint", "reverse_over_forward", "hvp",
-    "vmap_of_mean_flow", "jacfwd",
-)  # fmt: skip
+EAGER = ("mean_flow_in_checkpoint", "hvp", "jacfwd")
 
 
-@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize(
+    "name", quick_unless(set(TRANSFORMS) - set(EAGER), TRANSFORMS)
+)
 def test_transforms_without_jit(name, x64):
   transform = TRANSFORMS[name]
   theirs = jax.jit(lambda: transform(causal("reference")))()
@@ -369,8 +383,7 @@ def test_without_private_hooks(x64, monkeypatch):
                 primitives._partial_eval_jaxpr, primitives._dce):
     for p in (primitives.att_p, primitives.fused_p):
       monkeypatch.delitem(table, p, raising=False)
-  names = ("mean_flow_in_scan_of_checkpoint", "reverse_over_forward")
-  run = lambda f: [TRANSFORMS[name](f) for name in names]
+  run = TRANSFORMS["mean_flow_in_scan_of_checkpoint"]
   program = jax.jit(lambda: run(causal("xla")))
   assert kernel_counts(program)["fused"] == 0
   check(program(), jax.jit(lambda: run(causal("reference")))(), 1e-13)
@@ -394,9 +407,13 @@ def test_third_order_is_refused():
 # --- what is computed ----------------------------------------------------
 
 
-def kernel_counts(jitted, *args):
+def kernel_counts(jitted):
+  return counts_in(jitted.lower())
+
+
+def counts_in(lowered):
   """Calls of each primitive's function in the lowered text."""
-  text = jitted.lower(*args).as_text()
+  text = lowered.as_text()
   found = re.findall(r"call @jvp_attention_([a-z0-9]+?)(?:_\d+)?\(", text)
   return {
       name: found.count(name)

@@ -13,15 +13,15 @@ from distilljax.kernels.jvp_attention import pallas_tpu, primitives
 from distilljax.kernels.jvp_attention import spec as spec_lib
 from tests.helpers import one_line_error
 from tests.kernels import oracle
-from tests.kernels.attention_test import TRANSFORMS
+from tests.kernels.attention_test import TRANSFORMS, quick_unless
 
-# 16 divides neither length; 2 or 3 blocks of rows and of columns.
-SIZES = {"b": 1, "n": 272, "m": 400, "h": 2, "kv_heads": 1, "d": 64, "e": 64}
+# Two or three blocks of rows and of columns, the last of them ragged.
+SIZES = {"b": 1, "n": 136, "m": 264, "h": 2, "kv_heads": 1, "d": 64, "e": 64}
 CASES = {
-    "causal_bias": {"causal": True, "bias": (1, 2, 272, 400)},
+    "causal_bias": {"causal": True, "bias": (1, 2, 136, 264)},
     "empty_rows_and_segments": {
-        "n": 400, "m": 272, "causal": True, "bias": (1, 1, 1, 272),
-        "segments": (np.arange(400)[None] // 150, np.arange(272)[None] // 150),
+        "n": 264, "m": 136, "causal": True, "bias": (1, 1, 1, 136),
+        "segments": (np.arange(264)[None] // 200, np.arange(136)[None] // 100),
     },
 }  # fmt: skip
 
@@ -68,7 +68,9 @@ def swap(a):
   return jnp.swapaxes(a, 1, 2)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", quick_unless({"causal_bias"}, CASES)
+)
 def test_kernels_against_the_oracle(name, random_order):
   p = oracle.problem(1, **{**SIZES, **CASES[name]})
   p["t"]["bias"] = np.zeros_like(p["t"]["bias"])
@@ -106,7 +108,9 @@ def test_kernels_against_the_oracle(name, random_order):
     near(swap(a), theirs["dx"][letter], 3e-6, f"d{letter}")
 
 
-@pytest.mark.parametrize("name", ["mean_flow_in_scan_of_checkpoint", "hvp"])
+@pytest.mark.parametrize(
+    "name", quick_unless({"hvp"}, ["mean_flow_in_scan_of_checkpoint", "hvp"])
+)
 def test_transforms_with_kernels(name, interpreted):
   width = lambda *x: [jnp.pad(a, [(0, 0)] * 3 + [(0, 61)])[..., :64] for a in x]
 

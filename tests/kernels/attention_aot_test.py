@@ -1,0 +1,156 @@
+"""The TPU kernels compiled for chips that are not here: `pytest -m aot`.
+
+Needs the extra `plan` (a TPU compiler, no TPU); one process at a time. Without
+`DISTILLJAX_AOT=all` only v5e is compiled.
+"""
+
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distilljax import kernels
+from distilljax.kernels.jvp_attention import pallas_tpu, tpu_bounds
+from distilljax.kernels.jvp_attention import spec as spec_lib
+
+pytestmark = pytest.mark.aot
+
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Two processes may compile; the lock is for a chip.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+CHIPS = tuple(tpu_bounds.TOPOLOGIES)
+CHIPS = CHIPS if os.environ.get("DISTILLJAX_AOT") == "all" else CHIPS[:1]
+
+
+@functools.cache
+def devices(chip):
+  pytest.importorskip("libtpu", reason="needs the extra plan")
+  from jax.experimental import topologies
+
+  os.environ.update({k: v for k, v in ENVIRONMENT.items()})
+  return topologies.get_topology_desc(
+      platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
+  ).devices
+
+
+def shapes(chip, *sizes):
+  """Abstract arrays on one device of a chip, from (shape, dtype)."""
+  mesh = Mesh(np.asarray(devices(chip)[:1]), ("x",))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
+
+
+def operands(kernel, n, width, heads=4, kv_heads=4):
+  """(function of the spec, sizes of its operands)."""
+  low = jnp.bfloat16
+  q = ((1, heads, n, width), low)
+  kv = ((1, kv_heads, n, width), low)
+  rows = ((1, heads, n), jnp.float32)
+  x = [q, kv, kv]
+  return {
+      "forward": (pallas_tpu.forward, (), x),
+      "fused": (pallas_tpu.fused, ("qkv",), x + x),
+      "tangent": (pallas_tpu.tangent, ("qkv",), [*x, q, rows, *x]),
+      "backward": (pallas_tpu.backward, ("qkv",), [*x, q, rows, q, rows]),
+  }[kernel]
+
+
+def test_there_is_a_bound_for_every_kernel_and_chip():
+  names = {fn.__name__ for fn in pallas_tpu.kernels()}
+  for chip in tpu_bounds.TOPOLOGIES:
+    found = {k for c, k, _, _ in tpu_bounds.TEMPORARIES if c == chip}
+    assert found == names
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "case", [c for c in tpu_bounds.TEMPORARIES if c[0] in CHIPS], ids=str
+)
+def test_a_kernel_within_its_bound(case, causal):
+  chip, kernel, n, width = case
+  fn, wrt, sizes = operands(kernel, n, width)
+  spec = spec_lib.Spec("pallas_tpu", width**-0.5, causal)
+  done = (
+      jax.jit(lambda *a: fn(spec, *wrt, *a))
+      .lower(*shapes(chip, *sizes))
+      .compile()
+  )
+  assert done.memory_analysis().temp_size_in_bytes <= (
+      tpu_bounds.TEMPORARIES[case]
+  )
+  text = done.as_text()
+  assert "jvp_attention_" in text
+  assert not re.search(rf"\b{n},{n}\b", text)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_masks_and_grouped_heads_compile(chip):
+  n, m = 1000, 1300
+  q = ((2, n, 8, 128), jnp.bfloat16)
+  kv = ((2, m, 2, 128), jnp.bfloat16)
+  bias = ((1, 8, n, m), jnp.bfloat16)
+  ids = [((2, n), jnp.int32), ((2, m), jnp.int32)]
+
+  def grads(q, k, v, bias, q_ids, kv_ids):
+    def loss(x):
+      attend = lambda *x: kernels.attention(
+          *x, bias=bias, causal=True, q_segment_ids=q_ids,
+          kv_segment_ids=kv_ids, implementation="pallas_tpu",
+      )  # fmt: skip
+      o, to = jax.jvp(attend, x, x)
+      target = jax.lax.stop_gradient(o + to)
+      return jnp.sum(((o - target) ** 2).astype(jnp.float32))
+
+    return jax.grad(loss)((q, k, v))
+
+  jax.jit(grads).lower(*shapes(chip, q, kv, kv, bias, *ids)).compile()
+
+
+def mean_flow_step(implementation, n=4096, width=1024, heads=8, depth=6):
+  """(gradient of MeanFlow's loss through a scan of layers, sizes)."""
+
+  def network(w, x):
+    @jax.checkpoint
+    def layer(x, w):
+      q, k, v = jnp.split(x @ w["qkv"], 3, axis=-1)
+      split = lambda a: a.reshape(1, n, heads, width // heads)
+      o = kernels.attention(
+          split(q), split(k), split(v), implementation=implementation
+      )
+      return x + o.reshape(1, n, width) @ w["out"], None
+
+    return jax.lax.scan(layer, x, w)[0]
+
+  def loss(w, x, v):
+    u, slope = jax.jvp(lambda x: network(w, x), (x,), (v,))
+    target = jax.lax.stop_gradient(v - slope)
+    return jnp.sum(jnp.square(u - target).astype(jnp.float32))
+
+  low = jnp.bfloat16
+  w = {"qkv": (depth, width, 3 * width), "out": (depth, width, width)}
+  sizes = [(w["qkv"], low), (w["out"], low), ((1, n, width), low),
+           ((1, n, width), low)]  # fmt: skip
+  step = jax.value_and_grad(
+      lambda qkv, out, x, v: loss({"qkv": qkv, "out": out}, x, v), (0, 1)
+  )
+  return step, sizes
+
+
+@pytest.mark.parametrize("chip", tuple(set(CHIPS) & set(tpu_bounds.MEAN_FLOW)))
+def test_a_mean_flow_step_fits(chip):
+  step, sizes = mean_flow_step("pallas_tpu")
+  done = jax.jit(step).lower(*shapes(chip, *sizes)).compile()
+  assert done.memory_analysis().temp_size_in_bytes <= tpu_bounds.MEAN_FLOW[chip]
+  text = done.as_text()
+  assert not re.search(r"\b4096,4096\b", text)
+  for kernel in ("fused", "forward", "backward_rows", "backward_columns"):
+    assert f"jvp_attention_{kernel}" in text, kernel
