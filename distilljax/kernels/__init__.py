@@ -5,5 +5,18 @@ loaded when they are used.
 """
 
 from distilljax.kernels.jvp_attention.api import attention, attention_jvp
+from distilljax.kernels.linear_head.api import (
+  Head,
+  LinearTokenStatistics,
+  linear_divergence,
+  linear_token_statistics,
+)
 
-__all__ = ["attention", "attention_jvp"]
+__all__ = [
+  "Head",
+  "LinearTokenStatistics",
+  "attention",
+  "attention_jvp",
+  "linear_divergence",
+  "linear_token_statistics",
+]

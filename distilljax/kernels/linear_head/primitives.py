@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
@@ -139,7 +140,8 @@ def _whole(primitive, spec, wrt, fixed):
     rows = xla.evaluate(spec, x)[2]
     names = _row_names(spec)
     flat = [x[k] for k in spec.inputs] + [rows[k] for k in names]
-    return _FUNCTIONS[primitive](*xla.align([*flat, *fixed]), spec=spec, wrt=wrt)
+    operands = xla.align([*flat, *fixed])
+    return _FUNCTIONS[primitive](*operands, spec=spec, wrt=wrt)
 
   return fn
 
@@ -173,7 +175,7 @@ def _jvp(primitive, primals, tangents, *, spec, wrt):
 
 
 def _transpose(primitive, cotangents, *operands, spec, wrt):
-  """The other primitive: `tangent` and `backward` are each other's transpose."""
+  """`tangent` and `backward` are each other's transpose."""
   j = len(spec.inputs) + len(_row_names(spec))
   base, linear = operands[:j], operands[j:]
   zero = lambda a: (
@@ -254,15 +256,12 @@ def _custom_jvp(spec, primals, tangents):
     moved = dict(zip(spec.outputs, local))
   else:
     moved = {k: jnp.zeros_like(a) for k, a in outputs.items()}
-  none = lambda a: _no_tangent(a)
-  return (outputs, extras), (moved, jax.tree.map(none, extras))
+  return (outputs, extras), (moved, jax.tree.map(_no_tangent, extras))
 
 
 def _no_tangent(a):
   if jnp.issubdtype(a.dtype, jnp.floating):
     return jnp.zeros_like(a)
-  import numpy as np
-
   return np.zeros(a.shape, jax.dtypes.float0)
 
 

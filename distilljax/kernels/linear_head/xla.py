@@ -37,9 +37,9 @@ ONE_PASS = ("forward_kl", "reverse_kl", "gopd")
 class Spec:
   """What is static: hashable, a parameter of the primitives."""
 
-  # Names of the operands. s, t and r are student, teacher and reference: s_hidden,
-  # s_kernel, s_bias, t_logits, ...; ids [n, k]; reward_scale [n]; offset and
-  # limit, scalars of a sharded vocabulary.
+  # Names of the operands. s, t and r are student, teacher and reference:
+  # s_hidden, s_kernel, s_bias, t_logits, ...; ids [n, k]; reward_scale [n];
+  # offset and limit, scalars of a sharded vocabulary.
   inputs: tuple[str, ...]
   # Differentiable outputs among loss, lse, entropy, picks, tempered, rest.
   outputs: tuple[str, ...]
