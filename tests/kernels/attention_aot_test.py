@@ -93,11 +93,12 @@ def test_a_kernel_within_its_bound(case, causal):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_all_masks_and_grouped_heads_compile(chip):
-  n, m = 1000, 1300
-  q = ((2, n, 8, 128), jnp.bfloat16)
-  kv = ((2, m, 2, 128), jnp.bfloat16)
-  bias = ((1, 8, n, m), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_all_masks_and_grouped_heads_compile(chip, dtype):
+  n, m = 1000, 2300
+  q = ((2, n, 8, 128), dtype)
+  kv = ((2, m, 2, 128), dtype)
+  bias = ((1, 8, n, m), dtype)
   ids = [((2, n), jnp.int32), ((2, m), jnp.int32)]
 
   def grads(q, k, v, bias, q_ids, kv_ids):

@@ -177,6 +177,27 @@ def test_on_a_cpu_a_named_kernel_is_one_line():
     ).lower(q)
 
 
-def test_tiles_fit_the_scoped_memory_of_a_v5e():
-  for width, (rows, columns) in pallas_tpu.TILES.items():
-    assert pallas_tpu.vmem_bytes(rows, columns, width, 2, True) < 16 * 2**20
+@pytest.mark.parametrize(
+    "case,expected",
+    [
+        ((128, 2), (512, 1024)),
+        ((128, 4), (512, 512)),
+        ((128, 2, 2), (512, 512)),
+        ((64, 2), (512, 1024)),
+        ((256, 2), (256, 512)),
+        ((256, 4, 4), (256, 512)),
+    ],
+)
+def test_tiles(case, expected):
+  assert pallas_tpu.tile(*case) == expected
+
+
+def test_scoped_memory_of_a_grid_step():
+  # Blocks in flight twice, tangents too: 2 * 2 * (q, o; k, v) of 128 bf16.
+  blocks = 2 * 2 * 2 * 128 * (2 * 512 + 2 * 1024)
+  sums = 4 * 512 * (2 * 128 + 3 * 128)
+  scores = 4 * 4 * 512 * 1024
+  total = blocks + sums + scores
+  assert pallas_tpu.vmem_bytes(512, 1024, 128, 2, True) == total
+  bias = 2 * 4 * 512 * 1024
+  assert pallas_tpu.vmem_bytes(512, 1024, 128, 2, True, 4) == total + bias
