@@ -1047,8 +1047,12 @@ or a constant changed, a stop_gradient, mask, weight or check dropped. It is
 killed when a quick test fails. Equivalent mutants are the same program in other
 words; `tests/tools/equivalent_mutants.txt` gives the reason for each, and they
 do not count in the share. A fault in a golden reader must make its own golden
-test red. Mutants that were not run were left out at random, but for the modules
-of which none is left out.
+test red.
+
+Where some were not run, those that were are nearly all drawn at random
+(`--sample`). A survivor of a draw gets a test, so that of the mutants never run
+more will survive than the share says. Runs add up: the next one with a larger
+`--sample`, or none, runs what is left.
 
 {summary}
 """
