@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distilljax import kernels
 from distilljax.kernels.jvp_attention import pallas_tpu, tpu_bounds
 from distilljax.kernels.jvp_attention import spec as spec_lib
+from tests.helpers import one_line_error
 
 pytestmark = pytest.mark.aot
 
@@ -155,3 +156,33 @@ def test_a_mean_flow_step_fits(chip):
   assert not re.search(r"\b4096,4096\b", text)
   for kernel in ("fused", "forward", "backward_rows", "backward_columns"):
     assert f"jvp_attention_{kernel}" in text, kernel
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_on_four_chips_inside_a_shard_map(check_vma):
+  mesh = Mesh(np.asarray(devices("v5e")), ("data",))
+  rows = PartitionSpec("data")
+  q = jax.ShapeDtypeStruct(
+      (4, 1024, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, rows)
+  )
+
+  def grads(q):
+    def loss(q):
+      attend = lambda q: kernels.attention(
+          q, q, q, implementation="pallas_tpu"
+      )
+      o, to = jax.jvp(attend, (q,), (q,))
+      error = (o - jax.lax.stop_gradient(o + to)).astype(jnp.float32)
+      return jnp.sum(error**2)
+
+    return jax.grad(loss)(q)
+
+  mapped = jax.shard_map(
+      grads, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check_vma
+  )
+  done = jax.jit(mapped).lower(q).compile()
+  assert done.memory_analysis().temp_size_in_bytes == 0
+  assert "all-gather" not in done.as_text()
+  # Left to the compiler it would be a kernel that cannot be partitioned.
+  with one_line_error("inside jax.shard_map on 4 devices, got 'pallas_tpu'"):
+    jax.jit(grads).lower(q)

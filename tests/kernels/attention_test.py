@@ -562,7 +562,7 @@ def test_default_on_cpu_is_xla():
 
 
 def test_a_list_falls_back_with_one_warning(monkeypatch):
-  monkeypatch.setattr(api, "_WARNED", set())
+  monkeypatch.setattr(spec, "_WARNED", set())
   q = jnp.ones((1, 2, 1, 48))
   run = lambda: kernels.attention(
       q, q, q, implementation=["pallas_tpu", "xla"]
@@ -573,6 +573,18 @@ def test_a_list_falls_back_with_one_warning(monkeypatch):
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     run()
+
+
+def test_a_default_that_cannot_be_lowered_falls_back(monkeypatch):
+  monkeypatch.setattr(spec, "_WARNED", set())
+  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  q = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
+  run = jax.jit(lambda q: kernels.attention(q, q, q))
+  with pytest.warns(UserWarning, match="falls back to 'xla': implementation"
+                    " must be 'xla' or 'reference' on cpu, got 'pallas_tpu'"):
+    out = run(q)
+  ours = jax.jit(lambda q: kernels.attention(q, q, q, implementation="xla"))(q)
+  np.testing.assert_array_equal(out, ours)
 
 
 def test_on_a_tpu_the_kernels_are_first(monkeypatch):

@@ -1,6 +1,5 @@
 """`attention` and `attention_jvp`: checks, choice of implementation, layout."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ DEFAULTS = {
     "cpu": ("xla",),
 }
 _HEAD_WIDTHS = (64, 128, 256)
-_WARNED: set[str] = set()
 
 Implementation = str | Sequence[str] | None
 
@@ -81,20 +79,14 @@ def _choose(fn: str, implementation: Implementation, q: Any, v: Any) -> str:
     reason = _cannot(name, q, v)
     if reason is None:
       if reasons:
-        _warn_once(fn, name, reasons[0])
+        argument, expected, got = reasons[0]
+        spec_lib.warn_once(
+            f"{fn}: falls back to {name!r}: {argument} must be {expected}, got"
+            f" {got}"
+        )
       return name
     reasons.append(reason)
   return _checks.fail(fn, *reasons[0])
-
-
-def _warn_once(fn, name, reason):
-  argument, expected, got = reason
-  text = (
-      f"{fn}: falls back to {name!r}: {argument} must be {expected}, got {got}"
-  )
-  if text not in _WARNED:
-    _WARNED.add(text)
-    warnings.warn(text, stacklevel=4)
 
 
 def _check(fn, q, k, v, bias, q_ids, kv_ids, scale):
@@ -179,7 +171,8 @@ def attention(
 
   Implementations: "xla" works in blocks (memory linear in n and m, any
   backend, all masks, a differentiated bias); "pallas_tpu" are kernels (head
-  widths 64, 128, 256; no derivative in the bias; second derivatives by "xla");
+  widths 64, 128, 256; no derivative in the bias; second derivatives by "xla";
+  on several devices inside `jax.shard_map` only);
   "pallas_gpu" is a name without kernels yet; "reference" is plain
   jax.numpy, quadratic in memory, in at least float32 at highest precision.
 
@@ -230,6 +223,7 @@ def attention(
       causal=bool(causal),
       bias=bias is not None,
       segments=q_segment_ids is not None,
+      fallback=implementation is None,
   )
   x = [_heads_first(q), _heads_first(k), _heads_first(v)]
   if bias is not None:

@@ -40,6 +40,9 @@ TILES = {64: (512, 1024), 128: (512, 1024), 256: (256, 512)}
 # What a grid step may take: v5e and v5p give 16 MiB by default.
 SCOPED_BYTES = 13 * 2**20
 
+# What a shard_map that checks its axes wants of every result, if it exists.
+_MANUAL = getattr(jax.sharding, "ManualAxisType", None)
+
 # None, or the parameters of interpret mode: for machines without a TPU.
 _INTERPRET = jax.make_user_context(default_value=None)
 
@@ -228,7 +231,9 @@ class _Call:
 
   def result(self, name, shape, dtype, block, index):
     self.out_names.append(name)
-    self.out_shapes.append(jax.ShapeDtypeStruct(shape, dtype))
+    # The program of one device: it varies over no axis that it knows of.
+    axes = {} if _MANUAL is None else {"manual_axis_type": _MANUAL()}
+    self.out_shapes.append(jax.ShapeDtypeStruct(shape, dtype, **axes))
     self.out_specs.append(pl.BlockSpec(block, index))
 
   def run(self, name, body, grid, scratch):

@@ -23,6 +23,7 @@ lets a rule be split afterwards, which needs hooks that are not public; without
 them it is `att` then `tan`, with the same numbers.
 """
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -110,22 +111,29 @@ def _eager(primitive, *operands, spec, **params):
   return _jitted(primitive, spec, tuple(sorted(params.items())))(*operands)
 
 
-def _check_platform(spec, platforms):
-  """Refuses to lower a kernel for a platform that has no compiler for it."""
+def _cannot_lower(spec, context):
+  """Why a kernel cannot be part of this program, or None."""
   if spec.implementation not in KERNELS:
-    return
+    return None
   package = __name__.rpartition(".")[0]
   module = importlib.import_module(f"{package}.{spec.implementation}")
-  for platform in platforms:
+  for platform in context.platforms:
     if not module.runs_on(platform):
-      raise ValueError(
-          f"attention: implementation must be 'xla' or 'reference' on"
-          f" {platform}, got {spec.implementation!r}"
-      )
+      return f"'xla' or 'reference' on {platform}"
+  devices = getattr(context.axis_context, "num_devices", None) or 1
+  if devices > 1:
+    return f"'xla' or inside jax.shard_map on {devices} devices"
+  return None
 
 
 def _lower(primitive, ctx, *operands, spec, **params):
-  _check_platform(spec, ctx.module_context.platforms)
+  expected = _cannot_lower(spec, ctx.module_context)
+  if expected is not None:
+    text = f"implementation must be {expected}, got {spec.implementation!r}"
+    if not spec.fallback:
+      raise ValueError(f"attention: {text}")
+    spec_lib.warn_once(f"attention: falls back to 'xla': {text}")
+    spec = dataclasses.replace(spec, implementation="xla")
   fn = _jitted(primitive, spec, tuple(sorted(params.items())))
   # The program of one device knows nothing of the mesh's axes.
   plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]

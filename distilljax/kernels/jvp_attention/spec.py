@@ -7,6 +7,7 @@ neighbours. `x` is the tuple of what attention is a function of, in the order
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ class Spec:
     segments: whether x has segment ids.
     rows: rows of a block, None for the implementation's own choice.
     columns: columns of a block, None likewise.
+    fallback: whether "xla" takes over, with a warning, where the program turns
+      out to be one that the implementation cannot be part of.
   """
 
   implementation: str
@@ -37,6 +40,7 @@ class Spec:
   segments: bool = False
   rows: int | None = None
   columns: int | None = None
+  fallback: bool = False
 
   @property
   def size(self) -> int:
@@ -55,6 +59,16 @@ class Spec:
   def segments_of(self, x: tuple[Any, ...]) -> tuple[Any, Any] | None:
     """The two arrays of segment ids in x, or None."""
     return (x[-2], x[-1]) if self.segments else None
+
+
+_WARNED: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+  """Warns, but not twice of the same."""
+  if text not in _WARNED:
+    _WARNED.add(text)
+    warnings.warn(text, stacklevel=4)
 
 
 def accumulator(dtype: Any) -> Any:
