@@ -145,7 +145,7 @@ def test_fashion14(tmp_path):
 
 @pytest.mark.slow
 def test_gan_helps_the_student(tmp_path):
-  """3 seeds, equal steps: lambda_G .03 against none, FCD at one step."""
+  """3 seeds, equal steps: lambda_G .1 against none, FCD at one step."""
   with_gan = seeds(
     "dmd2_gan_fashion14.py:seed={}", tmp_path, "fcd", "student", 1
   )
