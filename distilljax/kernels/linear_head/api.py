@@ -40,12 +40,27 @@ CPU_CHUNK = 2048
 
 
 class Head(NamedTuple):
-  """An output head: softcap tanh(scale (hidden kernel + bias) / softcap)."""
+  """An output head: softcap tanh(scale (hidden kernel + bias) / softcap).
 
-  kernel: Any  # [d, v]; a tied embedding [v, d] is given as `embedding.T`
+  A tied embedding [v, d] goes in as it lies, `Head(embedding, tied=True)`, and
+  its gradient comes back so; `embedding.T` is right as well but XLA copies it.
+  """
+
+  kernel: Any  # [d, v], or [v, d] with tied=True
   bias: Any = None  # [v]
   softcap: float | int | None = None  # > 0, a Python number; None is no cap
   scale: float | int | None = None  # of the logits, a Python number, not 0
+  tied: bool = False  # the kernel is an embedding [v, d]
+
+  @property
+  def width(self) -> int:
+    """d, the hidden states' width."""
+    return jnp.shape(self.kernel)[1 if self.tied else 0]
+
+  @property
+  def vocabulary(self) -> int:
+    """v, padding included."""
+    return jnp.shape(self.kernel)[0 if self.tied else 1]
 
 
 class LinearTokenStatistics(NamedTuple):
@@ -83,11 +98,12 @@ def _number(fn, name, value, low=None, high=None, **bounds):
 def _head(fn: str, name: str, head: Any) -> Head:
   head = head if isinstance(head, Head) else Head(head)
   _checks.floating(fn, **{name: head.kernel, f"{name} bias": head.bias})
-  _checks.rank(fn, name, head.kernel, 2, "[d, v]")
+  dims = "[v, d]" if head.tied else "[d, v]"
+  _checks.rank(fn, name, head.kernel, 2, dims)
   _checks.nonempty(fn, **{name: head.kernel})
   if head.bias is not None:
     _checks.shape(
-      fn, f"{name} bias", head.bias, jnp.shape(head.kernel)[1:], "[v]", name
+      fn, f"{name} bias", head.bias, (head.vocabulary,), "[v]", name
     )
   if head.softcap is not None:
     _number(fn, f"{name} softcap", head.softcap, 0, math.inf, open_low=True)
@@ -98,7 +114,7 @@ def _head(fn: str, name: str, head: Any) -> Head:
   return head
 
 
-def _model(fn, name, letter, model, n, inputs, caps) -> int:
+def _model(fn, name, letter, model, n, inputs, caps, tied) -> int:
   """Puts (hidden, head) or logits among the inputs; returns its vocabulary."""
   if isinstance(model, (tuple, list)) and not isinstance(model, Head):
     if len(model) != 2:
@@ -108,11 +124,12 @@ def _model(fn, name, letter, model, n, inputs, caps) -> int:
     head = _head(fn, words[1], head)
     _checks.floating(fn, **{words[0]: hidden})
     _checks.rank(fn, words[0], hidden, 2, "[n, d]")
-    if jnp.shape(hidden)[1] != jnp.shape(head.kernel)[0]:
+    if jnp.shape(hidden)[1] != head.width:
       _checks.fail(
         fn,
         words[1],
-        f"[d, v] with d={jnp.shape(hidden)[1]} like {words[0]}",
+        f"{'[v, d]' if head.tied else '[d, v]'} with"
+        f" d={jnp.shape(hidden)[1]} like {words[0]}",
         list(jnp.shape(head.kernel)),
       )
     inputs[f"{letter}_hidden"] = jnp.asarray(hidden)
@@ -121,7 +138,9 @@ def _model(fn, name, letter, model, n, inputs, caps) -> int:
       inputs[f"{letter}_bias"] = jnp.asarray(head.bias)
     number = lambda a: None if a is None else float(a)
     caps.append((letter, number(head.softcap), number(head.scale)))
-    given, v = words[0], jnp.shape(head.kernel)[1]
+    if head.tied:
+      tied.append(letter)
+    given, v = words[0], head.vocabulary
   else:
     given = f"{name}_logits"
     if isinstance(model, Head) or model is None:
@@ -213,6 +232,14 @@ def _offset(fn, x, local, axis_name):
   return {**x, "offset": shard * local}
 
 
+def _axis(spec, name) -> int | None:
+  """The vocabulary's axis in an operand; None where there is none."""
+  model, _, what = name.partition("_")
+  if what == "kernel":
+    return 0 if model in spec.tied else 1
+  return {"logits": 1, "bias": 0}.get(what)
+
+
 def _run(fn, spec, x, axis_name, vocab_size):
   """Statistics of x, whose vocabulary may be cut over a mesh axis."""
   if axis_name is None:
@@ -222,14 +249,14 @@ def _run(fn, spec, x, axis_name, vocab_size):
   )
 
   def local(x, size):
-    columns = x["s_kernel"].shape[1]
+    columns = x["s_kernel"].shape[_axis(spec, "s_kernel")]
     for name in ("t_kernel", "t_logits", "r_kernel", "r_logits"):
-      if name in x and x[name].shape[1] != columns:
+      if name in x and x[name].shape[_axis(spec, name)] != columns:
         _checks.fail(
           fn,
           "vocabularies cut over axis_name",
           f"of one size, here {columns} columns a device",
-          x[name].shape[1],
+          x[name].shape[_axis(spec, name)],
         )
     x = _offset(fn, x, columns, axis_name)
     if vocab_size:
@@ -259,24 +286,22 @@ def _run(fn, spec, x, axis_name, vocab_size):
     )
   size = math.prod(mesh.shape[a] for a in axes)
   part = jax.sharding.PartitionSpec
-  spec_of = lambda name: (
-    part(None, axis_name)
-    if name.endswith(("kernel", "logits"))
-    else part(axis_name)
-    if name.endswith("bias")
-    else part()
-  )
-  for name in x:
-    if spec_of(name) != part() and x[name].shape[-1] % size:
+  places = {}
+  for name, a in x.items():
+    axis = _axis(spec, name)
+    places[name] = (
+      part() if axis is None else part(*[None] * axis, axis_name)
+    )
+    if axis is not None and a.shape[axis] % size:
       _checks.fail(
         fn,
         "vocabularies cut over axis_name",
         f"divisible by its {size} devices",
-        x[name].shape[-1],
+        a.shape[axis],
       )
   return jax.shard_map(
     lambda x: local(x, size),
-    in_specs=({k: spec_of(k) for k in x},),
+    in_specs=(places,),
     out_specs=part(),
     axis_names=set(axes),
   )(x)
@@ -305,14 +330,16 @@ def _sparse_loss(kind, tail, outputs, log_p, temperature, v):
   # pylint: disable=protected-access
   k = log_p.shape[1]
   log_q = outputs["picks"][:, :k] / temperature
-  log_p = jax.lax.stop_gradient(log_p.astype(log_q.dtype))
+  dtype = xla.wide(log_q, log_p)
+  log_q = log_q.astype(dtype)
+  log_p = jax.lax.stop_gradient(log_p.astype(dtype))
   if tail == "renormalize":
     log_q = jax.nn.log_softmax(log_q, axis=-1)
     log_p = jax.nn.log_softmax(log_p, axis=-1)
   else:
-    log_q = log_q - outputs["tempered"][:, None]
+    log_q = log_q - outputs["tempered"].astype(dtype)[:, None]
   if tail == "bucket" and k < v:
-    rest = outputs["rest"] - outputs["tempered"]
+    rest = (outputs["rest"] - outputs["tempered"]).astype(dtype)
     log_q = jnp.concatenate([log_q, rest[:, None]], axis=1)
     rest = _log1mexp(_logsumexp(log_p))
     if kind == "sparse_reverse_kl":
@@ -373,9 +400,9 @@ def _plan(
     student_hidden, teacher, reference = (
       _take(rows, a) for a in (student_hidden, teacher, reference)
     )
-  inputs, caps, sizes = {}, [], {}
+  inputs, caps, tied, sizes = {}, [], [], {}
   sizes["student_head"] = _model(
-    fn, "student", "s", (student_hidden, student_head), None, inputs, caps
+    fn, "student", "s", (student_hidden, student_head), None, inputs, caps, tied
   )
   n = inputs["s_hidden"].shape[0]
   sparse = _is_top_k(teacher)
@@ -393,7 +420,9 @@ def _plan(
   if sparse:
     known = _top_k_teacher(fn, teacher, n)
   else:
-    sizes["teacher"] = _model(fn, "teacher", "t", teacher, n, inputs, caps)
+    sizes["teacher"] = _model(
+      fn, "teacher", "t", teacher, n, inputs, caps, tied
+    )
   if kind == "gopd":
     plain_scale = _checks.is_number(reward_scale) and reward_scale == 1
     if reference is None and not plain_scale:
@@ -405,9 +434,10 @@ def _plan(
       )
     if not plain_scale:
       sizes["reference"] = _model(
-        fn, "reference", "r", reference, n, inputs, caps
+        fn, "reference", "r", reference, n, inputs, caps, tied
       )
-    inputs["reward_scale"] = _per_row(fn, reward_scale, n)
+    dtype = xla.wide(*inputs.values())
+    inputs["reward_scale"] = _per_row(fn, reward_scale, n, dtype)
   v = _vocabulary(fn, sizes, vocab_size, axis_name)
 
   excluded = 0
@@ -454,8 +484,6 @@ def _plan(
   dense, mix = _dense_kind(kind, beta, alpha)
   if dense is not None:
     outputs.add("loss")
-  if dense == "forward_kl" or kind != "gopd":
-    inputs.pop("reward_scale", None)
   chunk = chunk_size
   if chunk is None:
     chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
@@ -473,6 +501,7 @@ def _plan(
     top_k=int(top_k or 0),
     excluded=excluded,
     caps=tuple(caps),
+    tied=tuple(tied),
     axis=None,
     shards=1,
   )
@@ -500,11 +529,11 @@ def _dense_kind(kind, beta, alpha):
   return kind, 0.0
 
 
-def _per_row(fn, reward_scale, n):
+def _per_row(fn, reward_scale, n, dtype):
   """reward_scale as [n], frozen."""
   if _checks.is_number(reward_scale):
     _checks.finite(fn, reward_scale=reward_scale)
-    return jnp.full((n,), reward_scale, jnp.float32)
+    return jnp.full((n,), reward_scale, dtype)
   if jnp.shape(reward_scale) != (n,):
     _checks.fail(
       fn,
@@ -512,7 +541,7 @@ def _per_row(fn, reward_scale, n):
       f"a number or [n]=[{n}]",
       list(jnp.shape(reward_scale)),
     )
-  return _checks.at_least_float32(reward_scale)
+  return jnp.asarray(reward_scale).astype(dtype)
 
 
 def _vocabulary(fn, sizes, vocab_size, axis_name):
@@ -574,7 +603,7 @@ def linear_divergence(
 
   Args:
     student_hidden: last hidden states, trained. Shape [n, d].
-    student_head: kernel [d, v] or `Head`.
+    student_head: kernel [d, v] or `Head`, which also takes a tied embedding.
     teacher: (hidden [n, e], kernel [e, v] or `Head`); logits [n, v]; or, for
       the sparse kinds, cached top-k (ids [n, k], log-probabilities [n, k]
       under the full softmax at this temperature).

@@ -229,14 +229,18 @@ for _p in _FUNCTIONS:
 # --- entry ---------------------------------------------------------------
 
 
+# Jitted for eager callers: a loop is compiled once a spec, not once a call.
+_evaluate = jax.jit(xla.evaluate, static_argnums=0)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _custom(spec, trained, frozen):
-  return xla.evaluate(spec, {**trained, **frozen})[:2]
+  return _evaluate(spec, {**trained, **frozen})[:2]
 
 
 def _custom_jvp(spec, primals, tangents):
   trained, frozen = primals
-  outputs, extras, rows = xla.evaluate(spec, {**trained, **frozen})
+  outputs, extras, rows = _evaluate(spec, {**trained, **frozen})
   rows = jax.lax.stop_gradient(rows)
   zero = jax.custom_derivatives.SymbolicZero
   t = {k: a for k, a in tangents[0].items() if not isinstance(a, zero)}

@@ -56,6 +56,8 @@ class Spec:
   excluded: int
   # (softcap, scale) of each model's head.
   caps: tuple[tuple[str, float | None, float | None], ...]
+  # Models whose kernel is [v, d].
+  tied: tuple[str, ...]
   axis: Any
   shards: int
 
@@ -159,14 +161,18 @@ def _slice(a, start, spec, axis):
   return lax.dynamic_slice_in_dim(a, start, spec.chunk, axis=axis)
 
 
+def _times_kernel(spec, model, hidden, kernel, start, dtype):
+  """hidden [n, d] times a chunk of the kernel's columns."""
+  # A tied kernel is cut as it lies: its transpose would be a copy.
+  axis = 0 if model in spec.tied else 1
+  kernel = _slice(kernel, start, spec, axis)
+  return _dot(hidden, kernel, (1, 1 - axis), dtype)
+
+
 def _linear(x, model, start, spec, dtype):
   """hidden kernel + bias of one chunk, before scale and soft-cap."""
-  z = _dot(
-    x[f"{model}_hidden"],
-    _slice(x[f"{model}_kernel"], start, spec, 1),
-    (1, 0),
-    dtype,
-  )
+  hidden, kernel = x[f"{model}_hidden"], x[f"{model}_kernel"]
+  z = _times_kernel(spec, model, hidden, kernel, start, dtype)
   if f"{model}_bias" in x:
     z = z + _slice(x[f"{model}_bias"], start, spec, 0).astype(dtype)[None, :]
   return z
@@ -621,11 +627,13 @@ def tangent(spec, wrt, x, rows, t):
     slopes, factor = _slopes(spec, x, rows, start, dtype)
     d = jnp.zeros((n, spec.chunk), dtype)
     if "s_hidden" in wrt:
-      kernel = _slice(x["s_kernel"], start, spec, 1)
-      d = d + _dot(t["s_hidden"], kernel, (1, 0), dtype)
+      d = d + _times_kernel(
+        spec, "s", t["s_hidden"], x["s_kernel"], start, dtype
+      )
     if "s_kernel" in wrt:
-      moved = _slice(t["s_kernel"], start, spec, 1)
-      d = d + _dot(x["s_hidden"], moved, (1, 0), dtype)
+      d = d + _times_kernel(
+        spec, "s", x["s_hidden"], t["s_kernel"], start, dtype
+      )
     if "s_bias" in wrt:
       d = d + _slice(t["s_bias"], start, spec, 0).astype(dtype)[None, :]
     d = jnp.where(fresh, d, 0)
@@ -658,16 +666,19 @@ def backward(spec, wrt, x, rows, cotangents):
         picked = jnp.where(_columns(spec, x, new, start)[1], picked, 0)
       d = d + picked * factor
     out = dict(grads)
+    axis = 0 if "s" in spec.tied else 1
     low = x["s_kernel"].dtype
     if "s_hidden" in wrt:
-      kernel = _slice(x["s_kernel"], start, spec, 1)
+      kernel = _slice(x["s_kernel"], start, spec, axis)
       seen = jnp.where(fresh, d, 0).astype(low)
-      out["s_hidden"] = grads["s_hidden"] + _dot(seen, kernel, (1, 1), dtype)
+      part = _dot(seen, kernel, (1, axis), dtype)
+      out["s_hidden"] = grads["s_hidden"] + part
     if "s_kernel" in wrt:
       hidden = x["s_hidden"]
-      part = _dot(hidden, d.astype(hidden.dtype), (0, 0), dtype)
+      pair = (hidden, d.astype(hidden.dtype))
+      part = _dot(*(pair if axis else pair[::-1]), (0, 0), dtype)
       out["s_kernel"] = lax.dynamic_update_slice_in_dim(
-        grads["s_kernel"], part.astype(low), start, axis=1
+        grads["s_kernel"], part.astype(low), start, axis=axis
       )
     if "s_bias" in wrt:
       part = jnp.sum(d, axis=0).astype(x["s_bias"].dtype)
