@@ -376,6 +376,22 @@ def test_transforms_without_jit(name, x64):
   check(transform(causal("xla")), theirs, 1e-13)
 
 
+def test_vmap_of_the_gradient_in_a_shared_bias(x64):
+  bias = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 1, 4)))
+
+  def run(implementation):
+    def loss(bias, x):
+      return scalar(kernels.attention(
+          *x, bias=bias, implementation=implementation))
+
+    # One bias for all batch rows, and for all of the mapped axis.
+    return jax.vmap(jax.grad(loss), in_axes=(None, 0))(bias, inputs(1, (3,)))
+
+  ours, theirs = jax.jit(lambda: (run("xla"), run("reference")))()
+  assert ours.shape == (3, 1, 2, 1, 4)
+  check(ours, theirs, 1e-13)
+
+
 def test_without_private_hooks(x64, monkeypatch):
   # What a JAX without them has: att then tan, and the same numbers.
   monkeypatch.setattr(primitives, "HOOKS", False)
