@@ -351,6 +351,12 @@ def narrow(small: bool) -> dict:
   return {"kind": "transformer", "width": width, "depth": depth, "heads": 4}
 
 
+def shallow(small: bool) -> dict:
+  """A student of one block, narrower than its teacher; `small` for CI."""
+  width = 16 if small else 48
+  return {"kind": "transformer", "width": width, "depth": 1, "heads": 4}
+
+
 def addition_teacher(
   title: str, *, small: bool, seed: int, seeds: int
 ) -> ml_collections.ConfigDict:
@@ -367,7 +373,7 @@ def addition_teacher(
   if small:
     config.data.rows = 512
     config.model.update(width=16, depth=1)
-  config.teacher = fine_tuned(4 if small else 500, 3e-3)
+  config.teacher = fine_tuned(4 if small else 700, 3e-3)
   config.evaluation.update(
     n=64 if small else 1000,
     models=("teacher", "student"),

@@ -40,7 +40,7 @@ def get_config(arg=None):
     config.model.update(width=16, depth=1)
   config.stages = ("base", "grpo", "cepo")
   config.base = base.fine_tuned(
-    4 if small else 500,
+    4 if small else 560,
     3e-3,
     data={"hints": 0.5},  # share of prompts whose slots show the solution
     batch_size=16 if small else 64,

@@ -1,4 +1,4 @@
-"""GKD on sums: a wide teacher, a narrow student, half of the batches its own.
+"""GKD on sums: a teacher and a smaller student, half of the batches its own.
 
 python -m experiments.train_lm --config=configs/gkd_addition.py --workdir=/tmp/x
 
@@ -31,18 +31,19 @@ def get_config(arg=None):
   config.stages = ("teacher", "student")
   config.student = base.language_stage(
     "gkd",
-    2 if arg.runlocal else 400,
+    2 if arg.runlocal else 500,
     {
-      "student": {"start": "scratch", "model": base.narrow(arg.runlocal)},
+      "student": {"start": "scratch", "model": base.shallow(arg.runlocal)},
       "teacher": {"start": "teacher"},
     },
-    3e-3,
+    5e-3,
     {
       "on_policy": arg.on_policy,  # share of batches the student samples
       "beta": arg.beta,
       "sampling_temperature": 1.0,
     },
     schedule="cosine",
+    warmup=0 if arg.runlocal else 20,
     repeat=True,
   )
   return config

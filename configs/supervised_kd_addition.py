@@ -1,4 +1,4 @@
-"""Supervised distillation on sums: a wide teacher, a narrow student.
+"""Supervised distillation on sums: a teacher and a smaller student.
 
 python -m experiments.train_lm \\
   --config=configs/supervised_kd_addition.py --workdir=/tmp/x
@@ -35,17 +35,18 @@ def get_config(arg=None):
   )
   config.stages = ("teacher", "student")
   networks = {
-    "student": {"start": "scratch", "model": base.narrow(arg.runlocal)}
+    "student": {"start": "scratch", "model": base.shallow(arg.runlocal)}
   }
   if (arg.source, arg.objective) != ("data", "cross_entropy"):
     networks["teacher"] = {"start": "teacher"}
   config.student = base.language_stage(
     "supervised_kd",
-    2 if arg.runlocal else 400,
+    2 if arg.runlocal else 500,
     networks,
-    3e-3,
+    5e-3,
     {"source": arg.source, "objective": arg.objective},
     schedule="cosine",
+    warmup=0 if arg.runlocal else 20,
     repeat=True,
   )
   return config

@@ -403,7 +403,7 @@ def _curves(job: Job, workdir: pathlib.Path) -> list[report.Figure]:
   return [
     f
     for f in report.curves(workdir / "metrics.jsonl")
-    if not any(f.title.endswith(s) or f"{s}" in f.title for s in further)
+    if f.title.removeprefix("Training: ").split(",")[0] not in further
   ]
 
 

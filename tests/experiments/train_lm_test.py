@@ -10,6 +10,7 @@ from absl import flags
 
 from distilljax import train
 from distilljax.train import config as config_lib
+from distilljax.train import report
 from experiments import language, language_figures, language_job, launch
 from experiments import train_lm as launcher
 from tests import helpers
@@ -53,9 +54,12 @@ def sums(tmp_path_factory):
   """A small job of two stages, start to end."""
   folder = tmp_path_factory.mktemp("sums")
   lines = []
+  config = config_lib.load(SUMS)
+  with config.unlocked():
+    config.evaluation.watches = 1
   with helpers.as_user():
     language_job.train_and_evaluate(
-      config_lib.load(SUMS), folder, command="cmd", log=lines.append,
+      config, folder, command="cmd", log=lines.append,
       mesh=one_device(),
     )
   return folder, json.loads((folder / "summary.json").read_text()), lines
@@ -154,11 +158,29 @@ def test_a_run_leaves_everything(sums):
   assert "Training: student_0" in page
 
 
+def test_scores_during_training_are_written(sums):
+  folder, summary, _ = sums
+  lines = [
+    json.loads(row) for row in (folder / "metrics.jsonl").read_text().split("\n")
+    if row
+  ]
+  last = [r for r in lines if "eval/answer" in r]
+  assert [r["stage"] for r in last] == ["teacher", "student_0"]
+  # The last one is of the final weights: the summary's.
+  for row, model in zip(last, ("teacher", "student")):
+    found = [
+      r["value"] for r in summary["scores"]
+      if (r["model"], r["metric"]) == (model, "answer")
+    ]
+    np.testing.assert_allclose(row["eval/answer"], found[0], atol=1e-6)
+
+
 def test_the_same_command_says_that_it_is_finished(sums, capsys):
   folder, *_ = sums
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
-    capsys, f"--config={SUMS}", f"--workdir={folder}", "--compile_cache=off"
+    capsys, f"--config={SUMS}", "--config.evaluation.watches=1",
+    f"--workdir={folder}", "--compile_cache=off",
   )
   assert code == 0 and "finished before" in out
   assert (folder / "summary.json").read_bytes() == before
@@ -311,3 +333,50 @@ def test_figures_hold_what_they_show():
     "scale": [1.0, 1.0, 2.0, 2.0], "repetition": [0, 1, 0, 1],
     "parsed": [0.5, 0.6, 0.7, 0.8],
   }
+
+
+def test_the_report_shows_the_spread(tmp_path):
+  row = {"model": "opd", "steps": None, "metric": "answer", "n": 10}
+  page = report.write_report(
+    tmp_path,
+    title="t",
+    lead="l",
+    summary={
+      "scores": [
+        {**row, "value": 0.5, "spread": 0.0625, "values": [0.4, 0.6]},
+        {**row, "model": "base", "value": 0.25},
+      ]
+    },
+    figures=[],
+    command="c",
+  ).read_text()
+  assert '<td class="best">0.500 ± 0.062</td>' in page
+  assert "<td>0.250</td>" in page
+  assert report.metric_label("parsed") == "parse rate"
+  assert report.metric_label("no_such") == "no_such"
+
+
+def test_repetitions_become_means_with_spread():
+  """Three repetitions with known scores: mean, sample deviation, values."""
+  config = config_lib.load(EXACT)
+
+  class Problem:
+    headline = "b"
+
+    def score(self, model, teacher):
+      assert teacher.replicate == model.replicate
+      return {"a": 1.0, "b": float(model.replicate**2)}
+
+  with config.unlocked():
+    config.evaluation.models = ("scale_100",)
+  job = language_job.Job(config, Problem(), [], {}, {})
+  of = {
+    name: [language.Model(name, None, None, i) for i in range(3)]
+    for name in ("scale_100", "teacher")
+  }
+  rows = language_job._evaluate(job, of, lambda line: None)
+  assert [r["metric"] for r in rows] == ["b", "a"]
+  assert rows[0]["model"] == "reward scale 1"
+  np.testing.assert_allclose(rows[0]["value"], 5 / 3)
+  np.testing.assert_allclose(rows[0]["spread"], np.std([0, 1, 4], ddof=1))
+  assert rows[0]["values"] == [0.0, 1.0, 4.0]
