@@ -31,7 +31,7 @@ def get_config(arg=None):
   config.stages = ("teacher", "student")
   config.student = base.language_stage(
     "gkd",
-    2 if arg.runlocal else 500,
+    2 if arg.runlocal else 1000,
     {
       "student": {"start": "scratch", "model": base.shallow(arg.runlocal)},
       "teacher": {"start": "teacher"},

@@ -41,7 +41,7 @@ def get_config(arg=None):
     networks["teacher"] = {"start": "teacher"}
   config.student = base.language_stage(
     "supervised_kd",
-    2 if arg.runlocal else 500,
+    2 if arg.runlocal else 1000,
     networks,
     5e-3,
     {"source": arg.source, "objective": arg.objective},
