@@ -6,11 +6,11 @@ python -m experiments.train \\
 The discriminator is a head on the critic's bottleneck, fed with real images and
 samples at the noise of the score (one forward for both).
 
-Expected (2 seeds): FCD 3.3 and 3.7 at one step, the teachers at 20 steps 3.3 and
-3.2: near, not below; about 450 CPU seconds. See docs/methods/dmd2.md.
+Expected: FCD 3.3 to 3.8 at one step, the teachers at 20 steps 3.2 to 3.4: near,
+not below; about 450 CPU seconds. See docs/methods/dmd2.md.
 
 Arguments: runlocal (seconds, for CI), gan=<float> (lambda_G, default .1; the
-critic's weight is three times that; 0 switches it off), steps=<int>, seed=<int>.
+critic's weight is three times that; 0: no GAN), steps=<int>, seed=<int>.
 """
 
 from configs import base

@@ -7,8 +7,8 @@ warm-up regresses the student on 512 ODE pairs, which is what keeps the
 frequencies of the modes right.
 
 Expected (3 seeds): 8 modes of 8, their frequencies at a total variation of .02
-from equal (.06 to .13 without the warm-up), sliced Wasserstein .06 (.15 to .17);
-about 65 CPU seconds.
+from equal (.06 to .13 without the warm-up), sliced Wasserstein .06 (.15 to
+.17); about 65 CPU seconds.
 
 Arguments: runlocal (seconds, for CI), warmup=<bool> (default true), seed=<int>.
 """
