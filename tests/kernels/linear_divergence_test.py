@@ -224,8 +224,18 @@ def top_k(x, k):
   return ids.astype(jnp.int32), log_p
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
-@pytest.mark.parametrize("kind", api.SPARSE)
+@pytest.mark.parametrize(
+    ("kind", "tail"),
+    [
+        pytest.param(kind, tail, marks=pytest.mark.slow if slow else ())
+        for kind in api.SPARSE
+        for tail, slow in (
+            ("bucket", False),
+            ("renormalize", kind == "sparse_reverse_kl"),
+            ("drop", kind == "sparse_forward_kl"),
+        )
+    ],
+)
 def test_a_cached_teacher(kind, tail, x64, strict):
   x = cast(arrays(), jnp.float64)
   teacher = top_k(x, 6)
@@ -492,14 +502,17 @@ def test_bfloat16_in_float32_statistics():
 def test_huge_logits(kind):
   x = arrays()
   x = {**x, **{k: 300 * x[k] for k in ("kernel", "t_kernel", "r_kernel")}}
-  (fused, _), w = both(kind, 1, cast(x, jnp.float32))
+  (fused, low), w = both(kind, 1, cast(x, jnp.float32))
   (_, got), gradients = fused(w)
+  (_, rounded), _ = low(w)
   with jax.enable_x64(True):
     (_, oracle), w = both(kind, 1, cast(x, jnp.float64))
     (_, want), _ = oracle(w)
   assert np.abs(logits(x["hidden"], x["kernel"])).max() > 1e3
-  # A logit of 1e3 is rounded to 1e3 2^-24, and a few of them are compared.
-  np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e3 * 2**-22)
+  # A logit of 1e3 is rounded to 1e3 2^-24, and a few of them are compared;
+  # where q moves with it, the plain loss loses as much in float32.
+  allowed = 2 * np.abs(rounded - want) + 1e3 * 2**-22
+  assert np.all(np.abs(got - want) <= allowed)
   assert all(np.all(np.isfinite(a)) for a in gradients.values())
 
 
@@ -525,7 +538,7 @@ def test_identical_models_and_one_token(kind):
   assert not np.any(one) and not np.any(vjp(jnp.ones(N))[0])
 
 
-@pytest.mark.parametrize("kind", quick("forward_kl"))
+@pytest.mark.parametrize("kind", quick("forward_kl", of=api.DENSE[:-1]))
 def test_tokens_outside_the_support(kind, x64):
   # The first chunk and one token of the others have no mass in either model.
   x = cast(arrays(), jnp.float64)

@@ -242,12 +242,18 @@ def _log_ratio(log_p, log_q):
   return jnp.where(alive, log_p, 0) - jnp.where(alive, log_q, 0)
 
 
-def _log_mix(log_p, log_q, weight):
-  """log(weight p + (1 - weight) q), -inf where both are 0."""
+def _mixture(log_p, log_q, weight):
+  """(m, log m) of m = weight p + (1 - weight) q; log m is 0 where m is 0."""
+  if min(weight, 1 - weight) > 1e-6:
+    # What underflows here weighs nothing: m > 0 wherever p or q counts.
+    m = weight * jnp.exp(log_p) + (1 - weight) * jnp.exp(log_q)
+    alive = m > 0
+    return m, jnp.log(jnp.where(alive, m, 1))
   top = lax.stop_gradient(jnp.maximum(jnp.maximum(log_p, log_q), LOWEST))
   mixed = weight * jnp.exp(log_p - top) + (1 - weight) * jnp.exp(log_q - top)
   alive = mixed > 0
-  return jnp.where(alive, jnp.log(jnp.where(alive, mixed, 1)) + top, -jnp.inf)
+  log_m = jnp.log(jnp.where(alive, mixed, 1)) + top
+  return mixed * jnp.exp(top), jnp.where(alive, log_m, 0)
 
 
 # --- first pass ----------------------------------------------------------
@@ -442,13 +448,14 @@ def _compared(spec, x, rows, start, fresh, raw, dtype):
   return out
 
 
-def _kl_terms(log_p, log_q, centred):
+def _kl_terms(log_p, log_q, centred=False, q=None):
   """p (log p - log q), or with + q - p, which sums to 0 and keeps tiny KLs."""
   d = _log_ratio(log_p, log_q)
   terms = _weighted(log_p, d)
   if not centred:
     return terms
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  p = jnp.exp(log_p)
+  q = jnp.exp(log_q) if q is None else q
   near = (jnp.abs(d) < 0.5) & (p > 0)
   small = jnp.where(near, d, 0)
   return jnp.where(near, p * (small + jnp.expm1(-small)), terms + (q - p))
@@ -464,20 +471,23 @@ def _terms(spec, x, lq, lp, lr):
   if kind == "gopd":
     return _weighted(lq, _gopd(x, lq, lp, lr)), None
   if kind == "generalized_jsd":
-    lm = _log_mix(lp, lq, a)
-    right = (1 - a) * _kl_terms(lq, lm, False)
+    m, lm = _mixture(lp, lq, a)
+    right = (1 - a) * _kl_terms(lq, lm)
     if not spec.exact:
-      return a * _kl_terms(lp, lm, False) + right, right
-    value = a * _kl_terms(lp, lm, True) + (1 - a) * _kl_terms(lq, lm, True)
-    return value, right
+      return a * _kl_terms(lp, lm) + right, right
+    first, second = (_kl_terms(x, lm, True, m) for x in (lp, lq))
+    return a * first + (1 - a) * second, right
   if kind == "skew_forward_kl":
-    lm = _log_mix(lp, lq, a)
-    slope = -(1 - a) * _weighted(lq, jnp.exp(_log_ratio(lp, lm)))
-    return _kl_terms(lp, lm, spec.exact), slope
+    m, lm = _mixture(lp, lq, a)
+    p = jnp.exp(lp)
+    slope = -(1 - a) * jnp.exp(lq) * (p / jnp.where(m > 0, m, 1))
+    return _kl_terms(lp, lm, spec.exact, m), slope
   if kind == "skew_reverse_kl":
-    lm = _log_mix(lq, lp, a)
-    gap = _log_ratio(lq, lm)
-    return _kl_terms(lq, lm, spec.exact), _weighted(lq, gap - a * jnp.exp(gap))
+    m, lm = _mixture(lq, lp, a)
+    q = jnp.exp(lq)
+    terms = _kl_terms(lq, lm, spec.exact, m)
+    slope = _kl_terms(lq, lm) - a * q * (q / jnp.where(m > 0, m, 1))
+    return terms, slope
   gap = jnp.exp(lq) - jnp.exp(lp)
   return 0.5 * jnp.abs(gap), 0.5 * jnp.exp(lq) * jnp.sign(gap)
 
