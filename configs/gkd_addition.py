@@ -7,8 +7,8 @@ The task: two-digit sums with the digits of the answer reversed ("12+34=" ->
 student starts from nothing and learns the teacher's distributions on data and
 on its own samples in equal parts.
 
-Expected (3 students): see docs/methods/gkd.md; about 2 minutes on two idle
-cores.
+Expected (3 students): .941, .649, .899 of sampled answers right, teacher .930,
+see docs/methods/gkd.md; 75 CPU seconds.
 
 Arguments: runlocal (seconds, for CI), on_policy=<share>, beta=<float>,
 seed=<int>, seeds=<int>.

@@ -160,10 +160,8 @@ def test_a_run_leaves_everything(sums):
 
 def test_scores_during_training_are_written(sums):
   folder, summary, _ = sums
-  lines = [
-    json.loads(row) for row in (folder / "metrics.jsonl").read_text().split("\n")
-    if row
-  ]
+  text = (folder / "metrics.jsonl").read_text()
+  lines = [json.loads(row) for row in text.splitlines()]
   last = [r for r in lines if "eval/answer" in r]
   assert [r["stage"] for r in last] == ["teacher", "student_0"]
   # The last one is of the final weights: the summary's.
