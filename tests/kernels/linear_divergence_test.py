@@ -511,6 +511,7 @@ def test_huge_logits(kind):
   assert np.abs(logits(x["hidden"], x["kernel"])).max() > 1e3
   # A logit of 1e3 is rounded to 1e3 2^-24, and a few of them are compared;
   # where q moves with it, the plain loss loses as much in float32.
+  got, rounded, want = (np.asarray(a) for a in (got, rounded, want))
   allowed = 2 * np.abs(rounded - want) + 1e3 * 2**-22
   assert np.all(np.abs(got - want) <= allowed)
   assert all(np.all(np.isfinite(a)) for a in gradients.values())
