@@ -43,7 +43,7 @@ def group_rows():
     "prompts": jnp.asarray([[0, 2]] * 4 + [[0, 1]] * 4),
     "tokens": tokens,
     "where": where,
-    "rewards": jnp.asarray([1.0, 0, 1, 0.25, 1, 0.75, 1, 1]),
+    "rewards": jnp.asarray([0, 1.0, 1, 0.25, 1, 0.75, 1, 1]),
     "solutions": jnp.asarray([[3, 4, 0]] * 4 + [[1, 2, 2]] * 4),
     "log_probs": jnp.asarray(rng.normal(size=(8, 3)) - 2, jnp.float32),
     "sampling_log_probs": jnp.zeros((8, 3)) - 2.0,
@@ -94,14 +94,14 @@ def banded(a, delta, mix, band):
 @pytest.mark.parametrize("fallback", ["rlsd", "grpo"])
 @pytest.mark.parametrize("slices", [1, 2])
 def test_contrastive_advantages(fallback, slices):
-  """Wrong answers: row 1 for its group, row 3 for row 1; none in group two."""
+  """Wrong answers: row 0 for its group, row 3 for row 0; none in group two."""
   rows = group_rows()
   found = advantages(
     rows, mix=0.75, band=0.5, decay_steps=None, fallback=fallback,
     slices=slices,
   )
   positive = log_probs(rows, rows["solutions"][:, 0])
-  worst = np.array([1, 3, 1, 1, 0, 0, 0, 0])
+  worst = np.array([3, 0, 0, 0, 0, 0, 0, 0])
   negative = log_probs(rows, rows["tokens"][worst, 0])
   delta = positive - negative
   spare = positive - np.asarray(rows["log_probs"])
