@@ -122,6 +122,7 @@ def test_a_sampler_that_the_loss_does_not_assume_is_refused():
     language_job.build(config)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything(sums):
   folder, summary, lines = sums
   for name in (
@@ -158,6 +159,7 @@ def test_a_run_leaves_everything(sums):
   assert "Training: student_0" in page
 
 
+@pytest.mark.slow
 def test_scores_during_training_are_written(sums):
   folder, summary, _ = sums
   text = (folder / "metrics.jsonl").read_text()
@@ -173,6 +175,7 @@ def test_scores_during_training_are_written(sums):
     np.testing.assert_allclose(row["eval/answer"], found[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_command_says_that_it_is_finished(sums, capsys):
   folder, *_ = sums
   before = (folder / "summary.json").read_bytes()
@@ -211,6 +214,7 @@ def test_stages_start_where_they_say():
   assert built.networks["base"] is built.networks["teacher"]
 
 
+@pytest.mark.slow
 def test_the_exact_job_and_its_resume(tmp_path):
   """SIGTERM in the middle; the resumed run ends in the same bits."""
   config = config_lib.load(EXACT)

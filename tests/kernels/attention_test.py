@@ -42,6 +42,12 @@ CASES = {
 }
 
 
+def quick_unless(slow, names):
+  return [
+      pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names
+  ]
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of two rows and three columns: ragged, and several of each."""
@@ -109,7 +115,10 @@ def check(ours, theirs, bound):
 # --- values, tangents, gradients, second order ---------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    quick_unless(("causal_cross", "bias_rows", "bias_columns"), CASES),
+)
 def test_in_blocks_against_the_oracle(name, x64, strict, small_blocks):
   p = oracle.problem(1, **CASES[name])
   out = everything(p, "xla")
@@ -347,12 +356,6 @@ COMBINED = (
     "reverse_over_forward_in_checkpoint", "mean_flow_of_inner_jit",
     "mean_flow_of_checkpoint_that_saves", "vmap_of_grad",
 )  # fmt: skip
-
-
-def quick_unless(slow, names):
-  return [
-      pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names
-  ]
 
 
 @pytest.mark.parametrize("name", quick_unless(COMBINED, TRANSFORMS))

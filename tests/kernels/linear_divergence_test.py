@@ -336,6 +336,7 @@ def test_statistics_and_their_gradients(x64, strict):
   assert_close(got, want, 1e-13)
 
 
+@pytest.mark.slow
 def test_statistics_with_a_cached_teacher(x64):
   x, ids = cast(arrays(), jnp.float64), some_ids()
   teacher = top_k(x, 6)
@@ -380,6 +381,7 @@ def test_forward_mode_and_hessian_vector_products(reverse, x64):
   assert_close(got, run(plain_statistics), 1e-12)
 
 
+@pytest.mark.slow
 def test_vmap_and_reverse_over_reverse(x64):
   x = cast(arrays(), jnp.float64)
   hidden = jnp.stack([x["hidden"], 2 * x["hidden"]])
@@ -592,7 +594,9 @@ CUT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("vocab_size", [None, 29])
+@pytest.mark.parametrize(
+    "vocab_size", [None, pytest.param(29, marks=pytest.mark.slow)]
+)
 def test_four_devices_are_one(vocab_size, x64, strict):
   x, ids = cast(arrays(32), jnp.float64), some_ids() % 29
   x = {k: x[k] for k in CUT}
@@ -661,6 +665,7 @@ def test_axis_name_without_a_mesh_or_a_cut_head():
 # --- training ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_training_curve_as_the_plain_loss():
   x = cast(arrays(), jnp.float32)
   teacher = (x["t_hidden"], x["t_kernel"])
