@@ -6,47 +6,22 @@ import signal
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from distilljax import train
 from distilljax.train import config as config_lib
 from distilljax.train import report
-from experiments import language, language_figures, language_job, launch
+from experiments import language, language_figures, language_job
 from experiments import train_lm as launcher
 from tests import helpers
+from tests.experiments.launching import (
+  command,
+  one_device,
+  signals,  # noqa: F401 (a fixture of every test here)
+)
 
 CHAIN = "configs/opd_chain.py:runlocal"
 EXACT = "configs/gopd_markov.py:runlocal"
 SUMS = "configs/gkd_addition.py:runlocal"
-
-
-def one_device():
-  return train.make_mesh(jax.devices()[:1])
-
-
-@pytest.fixture(autouse=True)
-def signals():
-  kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-  with helpers.as_user():
-    yield
-  for number, handler in kept.items():
-    signal.signal(number, handler)
-
-
-def command(capsys, *arguments):
-  """Runs the launcher's main in this process: (exit code, stdout, stderr)."""
-  rest, overrides = launch.split_overrides(["train_lm", *arguments])
-  flags.FLAGS.unparse_flags()
-  argv = flags.FLAGS(rest)
-  try:
-    launcher.main(argv, overrides)
-    code = 0
-  except SystemExit as e:
-    code = e.code
-  out = capsys.readouterr()
-  for name in ("config", "workdir"):
-    flags.FLAGS[name].value = None
-  return code, out.out, out.err
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +76,7 @@ def sums(tmp_path_factory):
 def test_bad_input_stops_before_any_work(capsys, tmp_path, arguments, match):
   folder = tmp_path / "run"
   code, _, err = command(
-    capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
+    launcher, capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
   )
   lines = [r for r in err.splitlines() if r.strip()]
   assert code in (1, 2), err
@@ -180,7 +155,7 @@ def test_the_same_command_says_that_it_is_finished(sums, capsys):
   folder, *_ = sums
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
-    capsys, f"--config={SUMS}", "--config.evaluation.watches=1",
+    launcher, capsys, f"--config={SUMS}", "--config.evaluation.watches=1",
     f"--workdir={folder}", "--compile_cache=off",
   )
   assert code == 0 and "finished before" in out

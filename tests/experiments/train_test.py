@@ -6,49 +6,19 @@ import signal
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from distilljax import train
 from distilljax.train import config as config_lib
-from experiments import job, launch
+from experiments import job
 from experiments import train as launcher
 from tests import helpers
+from tests.experiments.launching import (
+  command,
+  one_device,
+  signals,  # noqa: F401 (a fixture of every test here)
+)
 
 SMALL = "configs/ode_regression_ring8.py:runlocal"
-
-
-def one_device():
-  """A mesh of one: these runs are about files, not about devices."""
-  return train.make_mesh(jax.devices()[:1])
-
-
-@pytest.fixture(autouse=True)
-def signals():
-  """The launcher installs its own handlers; put the test runner's back."""
-  kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-  with helpers.as_user():
-    yield
-  for number, handler in kept.items():
-    signal.signal(number, handler)
-
-
-def command(capsys, *arguments):
-  """Runs the launcher's main in this process: (exit code, stdout, stderr)."""
-  rest, overrides = launch.split_overrides(["train", *arguments])
-  flags.FLAGS.unparse_flags()
-  argv = flags.FLAGS(rest)
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    launcher.main(argv, overrides)
-    code = 0
-  except SystemExit as e:
-    code = e.code
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
-  out = capsys.readouterr()
-  for name in ("config", "workdir"):
-    flags.FLAGS[name].value = None
-  return code, out.out, out.err
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +79,7 @@ def finished(tmp_path_factory):
 def test_bad_input_stops_before_any_work(capsys, tmp_path, arguments, match):
   folder = tmp_path / "run"
   code, _, err = command(
-    capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
+    launcher, capsys, *arguments, f"--workdir={folder}", "--compile_cache=off"
   )
   lines = [r for r in err.splitlines() if r.strip()]
   assert code in (1, 2), err
@@ -121,7 +91,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
   file = tmp_path / "file"
   file.write_text("")
   code, _, err = command(
-    capsys,
+    launcher, capsys,
     f"--config={SMALL}",
     f"--workdir={file}/run",
     "--compile_cache=off",
@@ -132,7 +102,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def test_missing_originals_are_one_line(capsys, tmp_path, monkeypatch):
   monkeypatch.setenv("DISTILLJAX_DATA", str(tmp_path))
   code, _, err = command(
-    capsys,
+    launcher, capsys,
     "--config=configs/dmd2_fashion28.py",
     f"--config.data.folder={tmp_path}",
     f"--workdir={tmp_path}/run",
@@ -181,7 +151,8 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
   folder, _ = finished
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
-    capsys, f"--config={SMALL}", f"--workdir={folder}", "--compile_cache=off"
+    launcher, capsys, f"--config={SMALL}", f"--workdir={folder}",
+    "--compile_cache=off",
   )
   assert code == 0 and "finished before" in out and "report.html" in out
   assert (folder / "summary.json").read_bytes() == before
@@ -190,7 +161,7 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
 def test_another_config_is_refused(finished, capsys):
   folder, _ = finished
   code, _, err = command(
-    capsys,
+    launcher, capsys,
     f"--config={SMALL}",
     "--config.seed=1",
     f"--workdir={folder}",
