@@ -334,9 +334,8 @@ def train_and_evaluate(
   mesh = train.make_mesh() if mesh is None else mesh
   job = build(config, log, mesh.size)
   config_lib.claim_workdir(workdir, config)
-  if (workdir / "summary.json").exists():
-    log(f"finished before: nothing to train. Report: {workdir / 'report.html'}")
-    return json.loads((workdir / "summary.json").read_text())
+  if (done := finished_summary(workdir, log)) is not None:
+    return done
   headline = job.problem.headline
   evaluation = config.evaluation
   watches = [
@@ -349,18 +348,7 @@ def train_and_evaluate(
   if evaluation.watches:
     job.problem.facts()  # the classifier, before the bars begin
   judged = since(before)
-  result = train.run(
-    job.stages,
-    workdir,
-    seed=config.seed,
-    mesh=mesh,
-    log_every=config.run.log_every,
-    checkpoint_every=config.run.checkpoint_every,
-    keep=config.run.keep,
-    max_skips_in_a_row=config.run.max_skips_in_a_row,
-    hooks=[train.Progress(), *watches, *hooks],
-    log=log,
-  )
+  result = run_stages(job, workdir, mesh, [*watches, *hooks], log)
   before = now()
   scores, rows = _evaluate(job, result, log)
   final = job.stages[-1]
@@ -387,19 +375,77 @@ def train_and_evaluate(
     for stage in job.stages
     for network, params in result.params[stage.name].items()
   }
+  publish(
+    job,
+    workdir,
+    summary,
+    lead=_lead(job, summary, headline),
+    figures=_figures(job, workdir, rows, headline),
+    command=command,
+    reached=_reached(summary, headline),
+    log=log,
+  )
+  return summary
+
+
+def finished_summary(
+  workdir: pathlib.Path, log: Callable[[str], None]
+) -> dict[str, Any] | None:
+  """The summary of a run that has ended in this folder, None if none has."""
+  path = workdir / "summary.json"
+  if not path.exists():
+    return None
+  log(f"finished before: nothing to train. Report: {workdir / 'report.html'}")
+  return json.loads(path.read_text())
+
+
+def run_stages(
+  job: Any,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  hooks: Sequence[train.Hook],
+  log: Callable[[str], None],
+) -> train.Result:
+  """Trains a job's stages as its config's block `run` says, with progress."""
+  run = job.config.run
+  return train.run(
+    job.stages,
+    workdir,
+    seed=job.config.seed,
+    mesh=mesh,
+    log_every=run.log_every,
+    checkpoint_every=run.checkpoint_every,
+    keep=run.keep,
+    max_skips_in_a_row=run.max_skips_in_a_row,
+    hooks=[train.Progress(), *hooks],
+    log=log,
+  )
+
+
+def publish(
+  job: Any,
+  workdir: pathlib.Path,
+  summary: Mapping[str, Any],
+  *,
+  lead: str,
+  figures: Sequence[report.Figure],
+  command: str,
+  reached: str,
+  log: Callable[[str], None],
+) -> None:
+  """Writes report.html, then summary.json: a run that has it is finished."""
   page = report.write_report(
     workdir,
-    title=config.title,
-    lead=_lead(job, summary, headline),
-    summary={**summary, "config": config.to_dict()},
-    figures=_figures(job, workdir, rows, headline),
+    title=job.config.title,
+    lead=lead,
+    summary={**summary, "config": job.config.to_dict()},
+    figures=figures,
     command=command,
   )
   report.write_atomically(
     workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
   )
-  log(f"{_reached(summary, headline)} Report: {page}")
-  return summary
+  log(f"{reached} Report: {page}")
 
 
 def now() -> tuple[float, float]:

@@ -328,27 +328,15 @@ def train_and_evaluate(
   mesh = train.make_mesh() if mesh is None else mesh
   job = build(config, log, mesh.size)
   config_lib.claim_workdir(workdir, config)
-  if (workdir / "summary.json").exists():
-    log(f"finished before: nothing to train. Report: {workdir / 'report.html'}")
-    return json.loads((workdir / "summary.json").read_text())
+  if (done := job_lib.finished_summary(workdir, log)) is not None:
+    return done
   evaluation = config.evaluation
   watches = [
     Every(max(1, stage.steps // evaluation.watches), _Watch(job, stage))
     for stage in job.stages
     if evaluation.watches
   ]
-  result = train.run(
-    job.stages,
-    workdir,
-    seed=config.seed,
-    mesh=mesh,
-    log_every=config.run.log_every,
-    checkpoint_every=config.run.checkpoint_every,
-    keep=config.run.keep,
-    max_skips_in_a_row=config.run.max_skips_in_a_row,
-    hooks=[train.Progress(), *watches, *hooks],
-    log=log,
-  )
+  result = job_lib.run_stages(job, workdir, mesh, [*watches, *hooks], log)
   before = job_lib.now()
   # The evaluation's programs are for one device, whatever the mesh was.
   of = _models(job, jax.device_get(result.params))
@@ -382,18 +370,16 @@ def train_and_evaluate(
     for network, params in result.params[stage.name].items()
     if job.blocks[stage.name][1] == 0
   }
-  page = report.write_report(
+  job_lib.publish(
+    job,
     workdir,
-    title=config.title,
+    summary,
     lead=_lead(job, summary),
-    summary={**summary, "config": config.to_dict()},
     figures=figures + _curves(job, workdir),
     command=command,
+    reached=_reached(job, summary),
+    log=log,
   )
-  report.write_atomically(
-    workdir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
-  )
-  log(f"{_reached(job, summary)} Report: {page}")
   return summary
 
 
