@@ -1,5 +1,6 @@
 """Shared fixtures: run-time type checks, strict promotion, a compile cache."""
 
+import gc
 import os
 
 # Before JAX starts: 8 host devices cost nothing and serve the sharding tests.
@@ -40,6 +41,11 @@ def quick_compiles(request):
   jax.config.update(name, not (slow or long_programs))
   yield
   jax.config.update(name, before)
+  # No module needs another's programs, and a worker that keeps thousands of them
+  # grows to gigabytes and walks through them at every garbage collection.
+  jax.clear_caches()
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
