@@ -21,6 +21,10 @@ def get_config(arg=None):
   )
   config.model = {"kind": "mlp", "width": 96, "depth": 3, "max_frequency": 3.0}
   config.stages = ("student",)
-  config.student = base.regression(50 if arg.runlocal else 6000, rows=65536)
+  config.student = (
+    base.regression(50, rows=512)
+    if arg.runlocal
+    else base.regression(6000, rows=65536)
+  )
   config.evaluation.student_steps = (1,)
   return config
