@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import kernel_schedule
 from distilljax import kernels
 from distilljax.kernels.jvp_attention import pallas_tpu, tpu_bounds
 from distilljax.kernels.jvp_attention import spec as spec_lib
@@ -21,13 +22,6 @@ from tests.helpers import one_line_error
 
 pytestmark = pytest.mark.aot
 
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # Two processes may compile; the lock is for a chip.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 CHIPS = tuple(tpu_bounds.TOPOLOGIES)
 CHIPS = CHIPS if os.environ.get("DISTILLJAX_AOT") == "all" else CHIPS[:1]
 
@@ -37,7 +31,7 @@ def devices(chip):
   pytest.importorskip("libtpu", reason="needs the extra plan")
   from jax.experimental import topologies
 
-  os.environ.update({k: v for k, v in ENVIRONMENT.items()})
+  os.environ.update(kernel_schedule.ENVIRONMENT)
   return topologies.get_topology_desc(
       platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
   ).devices
@@ -48,21 +42,6 @@ def shapes(chip, *sizes):
   mesh = Mesh(np.asarray(devices(chip)[:1]), ("x",))
   sharding = NamedSharding(mesh, PartitionSpec())
   return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
-
-
-def operands(kernel, n, width, heads=4, kv_heads=4):
-  """(function of the spec, sizes of its operands)."""
-  low = jnp.bfloat16
-  q = ((1, heads, n, width), low)
-  kv = ((1, kv_heads, n, width), low)
-  rows = ((1, heads, n), jnp.float32)
-  x = [q, kv, kv]
-  return {
-      "forward": (pallas_tpu.forward, (), x),
-      "fused": (pallas_tpu.fused, ("qkv",), x + x),
-      "tangent": (pallas_tpu.tangent, ("qkv",), [*x, q, rows, *x]),
-      "backward": (pallas_tpu.backward, ("qkv",), [*x, q, rows, q, rows]),
-  }[kernel]
 
 
 def test_there_is_a_bound_for_every_kernel_and_chip():
@@ -78,10 +57,10 @@ def test_there_is_a_bound_for_every_kernel_and_chip():
 )
 def test_a_kernel_within_its_bound(case, causal):
   chip, kernel, n, width = case
-  fn, wrt, sizes = operands(kernel, n, width)
+  fn, sizes = kernel_schedule.operands(kernel, n, width)
   spec = spec_lib.Spec("pallas_tpu", width**-0.5, causal)
   done = (
-      jax.jit(lambda *a: fn(spec, *wrt, *a))
+      jax.jit(lambda *a: fn(spec, *a))
       .lower(*shapes(chip, *sizes))
       .compile()
   )
