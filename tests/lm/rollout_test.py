@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distilljax import debug, lm, models
+from distilljax.lm import rollout
 from distilljax.oracles import markov
 from tests.helpers import one_line_error
 
@@ -111,15 +112,13 @@ def _python_loop(row, key, *, samples=1, temperature=1.0, top_k=None,
     row_key = jax.random.fold_in(key, j)
     while len(tokens) < limit and (not tokens or tokens[-1] != EOS):
       logits = _forward()(_net()[1], read)
-      noise = jax.random.gumbel(
-          jax.random.fold_in(row_key, len(tokens)), (V,), jnp.float32
-      )
+      uniform = jax.random.uniform(jax.random.fold_in(row_key, len(tokens)))
       if temperature == 0:
         token = int(np.argmax(logits))
         sampling.append(0.0)
       else:
         law = _filtered(logits, temperature, top_k, top_p)
-        token = int(np.argmax(law + np.asarray(noise)))
+        token = int(np.argmax(np.cumsum(np.exp(law)) > float(uniform)))
         sampling.append(law[token])
       plain.append(_log_softmax(logits)[token])
       tokens.append(token)
@@ -381,6 +380,41 @@ def test_frequencies_are_the_exact_ones(options):
   degrees = alive.sum() - 1
   # Four standard deviations of chi-square.
   assert chi2 < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("v", [1, 2, 7, 16, 101])
+def test_the_token_is_where_the_distribution_function_passes(v):
+  """Against NumPy's float64 sums, at the steps' middles and beside them."""
+  rng = np.random.default_rng(v)
+  p = rng.exponential(size=v) * (rng.random(v) < 0.7)
+  p[rng.integers(v)] += 1
+  p /= p.sum()
+  upto = np.cumsum(p)
+  edges = np.concatenate([[0.0], upto])
+  inside = [edges[i] + f * p[i] for i in range(v) for f in (0.01, 0.5, 0.99)]
+  want = [i for i in range(v) for _ in range(3)]
+  keep = [i for i, token in enumerate(want) if p[token] > 0]
+  got = rollout._invert(
+      jnp.tile(jnp.asarray(p, jnp.float32), (len(keep), 1)),
+      jnp.asarray(np.asarray(inside)[keep], jnp.float32),
+  )
+  assert got.tolist() == [want[i] for i in keep]
+
+
+def test_no_rounding_draws_a_token_of_no_weight():
+  """Both ends of the numbers, sums below and above 1, weights at the rims."""
+  rng = np.random.default_rng(0)
+  p = np.abs(rng.normal(size=(400, 37))) * (rng.random((400, 37)) < 0.3)
+  p[:, rng.integers(37)] += 1e-3
+  p = (p / p.sum(1, keepdims=True)).astype(np.float32)
+  for scale in (1.0, 1 - 1e-6, 1 + 1e-6):
+    for u in (0.0, np.float32(1) - np.float32(2) ** -24):
+      got = np.asarray(
+          rollout._invert(jnp.asarray(p * scale), jnp.full(400, u, jnp.float32))
+      )
+      allowed = [np.flatnonzero(row) for row in p]
+      ends = [a[0] if u == 0 else a[-1] for a in allowed]
+      assert got.tolist() == ends
 
 
 @pytest.mark.parametrize(
