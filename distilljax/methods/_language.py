@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distilljax import lm, losses, train
+from distilljax import _checks, kernels, lm, losses, train
 from distilljax.typing import Array, Params
 
 # Which entries of a method's DEFAULTS are the sampler's.
@@ -19,8 +19,11 @@ SAMPLER = ("max_new_tokens", "eos_id", "pad_id", "top_k", "top_p")
 
 
 def completion_logits(
-  apply_fn: Callable[..., Any], params: Params, batch: Mapping[str, Array]
-) -> Array:
+  apply_fn: Callable[..., Any],
+  params: Params,
+  batch: Mapping[str, Array],
+  **options: Any,
+) -> Any:
   """Logits [n, t, v] that predict a batch's `tokens`."""
   return lm.completion_logits(
     apply_fn,
@@ -29,6 +32,92 @@ def completion_logits(
     batch["tokens"],
     prompt_where=batch.get("prompt_where"),
     where=batch["where"],
+    **options,
+  )
+
+
+def implementation_of(
+  slug: str,
+  h: Mapping[str, Any],
+  apply_fns: Mapping[str, Callable[..., Any]],
+  needs_logits: str | None = None,
+) -> str:
+  """"fused" or "plain", which `divergence` takes.
+
+  Args:
+    slug: of the method.
+    h: hyper-parameters: `loss_implementation`, None for fused where it can be.
+    apply_fns: the networks of the loss; fused needs that each has a
+      `linear_head`, as the functions of the zoo's "transformer" do.
+    needs_logits: a setting that is plain only.
+  """
+  name, given = "loss_implementation", h["loss_implementation"]
+  if given is not None:
+    _checks.one_of(slug, name, given, ("fused", "plain"))
+  bare = [k for k, f in apply_fns.items() if not hasattr(f, "linear_head")]
+  why = needs_logits or (f"{bare[0]} has no linear_head" if bare else None)
+  if given == "fused" and why:
+    _checks.fail(slug, name, f"'plain' or None ({why})", "'fused'")
+  return given or ("plain" if why else "fused")
+
+
+def divergence(
+  implementation: str,
+  apply_fns: Mapping[str, Callable[..., Any]],
+  params: Mapping[str, Params],
+  batch: Mapping[str, Array],
+  *,
+  kind: str,
+  logged: str,
+  **options: Any,
+) -> tuple[Array, dict[str, train.Mean]]:
+  """A divergence of every token of a batch, and what is logged beside it.
+
+  Args:
+    implementation: "plain" makes all logits; "fused" goes from hidden states
+      through `kernels.linear_token_statistics`, which gives the same numbers
+      and never holds them.
+    apply_fns: student, teacher and, for "gopd", reference.
+    params: of these by name.
+    batch: as in the module.
+    kind: "forward_kl", "generalized_jsd" or "gopd".
+    logged: "reverse_kl" or "forward_kl", logged at temperature 1.
+    **options: of the divergence.
+
+  Returns:
+    (nats [n, t], `Mean`s by name as of `student_metrics`).
+  """
+  where = batch["where"]
+  if implementation == "plain":
+    ours, *theirs = (
+      completion_logits(f, params[k], batch) for k, f in apply_fns.items()
+    )
+    function = getattr(losses, "gopd_loss" if kind == "gopd" else kind)
+    if kind == "gopd" and len(theirs) == 1:
+      theirs.append(None)
+    values = function(ours, *theirs, **options)
+    return values, student_metrics(ours, theirs[0], where, direction=logged)
+
+  def seen(name):
+    head = apply_fns[name].linear_head(params[name])
+    _, hidden = completion_logits(
+      apply_fns[name], params[name], batch, features=True
+    )
+    # Features are float32; in the head's dtype, which they came from, the
+    # products are as fast as the network's own.
+    hidden = hidden.astype(head.kernel.dtype)
+    return hidden.reshape(-1, hidden.shape[-1]), head
+
+  if "reference" in apply_fns:
+    options["reference"] = seen("reference")
+  found = kernels.linear_token_statistics(
+    *seen("student"), seen("teacher"), kind=kind, **options
+  )
+  shaped = lambda a: a.reshape(where.shape)
+  return shaped(found.loss), _metrics(
+    where,
+    entropy=shaped(found.student_entropy),
+    **{logged: shaped(getattr(found, logged))},
   )
 
 
@@ -170,13 +259,17 @@ def student_metrics(
   Returns:
     `Mean`s by name.
   """
-  out = {
-    "entropy": train.mean(losses.entropy(student_logits), where),
-    "length": train.mean(jnp.sum(where, axis=1, dtype=jnp.float32)),
-  }
+  values = {"entropy": losses.entropy(student_logits)}
   if teacher_logits is not None:
-    divergence = getattr(losses, direction)
-    out[direction] = train.mean(
-      divergence(student_logits, teacher_logits), where
+    values[direction] = getattr(losses, direction)(
+      student_logits, teacher_logits
     )
-  return out
+  return _metrics(where, **values)
+
+
+def _metrics(where, **values):
+  """Means over tokens, and the mean length of a completion."""
+  return {
+    "length": train.mean(jnp.sum(where, axis=1, dtype=jnp.float32)),
+    **{k: train.mean(v, where) for k, v in values.items()},
+  }

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distilljax import _checks, losses, train
+from distilljax import _checks, train
 from distilljax.methods import _common, _language
 
 DEFAULTS = {
@@ -27,6 +27,7 @@ DEFAULTS = {
   "seq_kd": False,  # other batches from the teacher, not the data; TRL
   "beta": 0.5,  # weight of the teacher in the mixture of the JSD; TRL
   "temperature": 1.0,  # of the loss, both logits; TRL
+  "loss_implementation": None,  # fused where networks can, or "plain"; ours
   "sampling_temperature": 0.9,  # TRL
   "max_new_tokens": 128,  # TRL
   "eos_id": None,  # that ends a sample and is part of it; the task's
@@ -54,7 +55,10 @@ def make(
   h = _common.hyper_parameters(slug, DEFAULTS, hyper)
   _checks.in_range(slug, "on_policy", h["on_policy"], 0, 1)
   _checks.in_range(slug, "beta", h["beta"], 0, 1)
-  apply, teacher = _common.networks_for(slug, apply_fns, ["student", "teacher"])
+  names = ["student", "teacher"]
+  apply, teacher = _common.networks_for(slug, apply_fns, names)
+  compared = {k: apply_fns[k] for k in names}
+  implementation = _language.implementation_of(slug, h, compared)
   own = _language.make_rollouts(apply, h)
   theirs = _language.make_rollouts(teacher, h, name="teacher rollout")
 
@@ -73,15 +77,18 @@ def make(
 
   def loss(params, batch, context):
     del context
-    where = batch["where"]
-    ours = _language.completion_logits(apply, params["student"], batch)
-    target = _language.completion_logits(teacher, params["teacher"], batch)
-    values = losses.generalized_jsd(
-      ours, target, beta=h["beta"], temperature=h["temperature"]
+    values, metrics = _language.divergence(
+      implementation,
+      compared,
+      params,
+      batch,
+      kind="generalized_jsd",
+      logged="reverse_kl",
+      beta=h["beta"],
+      temperature=h["temperature"],
     )
-    metrics = _language.student_metrics(ours, target, where)
     metrics["own"] = train.mean(batch["own"].astype(jnp.float32))
-    return {"jsd": train.mean(values, where)}, metrics
+    return {"jsd": train.mean(values, batch["where"])}, metrics
 
   return train.Method(
     name=slug,

@@ -38,6 +38,7 @@ DEFAULTS = {
   "reward_scale": 1.25,  # lambda; ExOPD (OPD: 1)
   "form": "full",  # ours; "sampled" is the official code's
   "loss_top_k": None,  # student tokens kept apart in the full form; ours
+  "loss_implementation": None,  # fused where networks can, or "plain"; ours
   "num_samples": 1,  # completions a prompt; official scripts
   "sampling_temperature": 1.0,  # official scripts
   "max_new_tokens": 128,  # ours; official 16384
@@ -77,6 +78,13 @@ def make(
   extrapolates = scale != 1
   frozen = ["teacher"] + (["reference"] if extrapolates else [])
   apply, *_ = _common.networks_for(slug, apply_fns, ["student", *frozen])
+  compared = {k: apply_fns[k] for k in ("student", *frozen)}
+  needs_logits, full = None, {"reward_scale": scale}
+  if h["loss_top_k"] is not None:
+    needs_logits, full["top_k"] = "loss_top_k", h["loss_top_k"]
+  if h["form"] == "sampled":
+    needs_logits = "form='sampled'"
+  implementation = _language.implementation_of(slug, h, compared, needs_logits)
   rollouts = _language.make_rollouts(apply, h, num_samples=h["num_samples"])
 
   def collect(params, batch, context):
@@ -85,24 +93,28 @@ def make(
   def loss(params, batch, context):
     del context
     tokens, where = batch["tokens"], batch["where"]
-    ours = _language.completion_logits(apply, params["student"], batch)
-    theirs = {
-      name: _language.completion_logits(apply_fns[name], params[name], batch)
-      for name in frozen
-    }
-    teacher, reference = theirs["teacher"], theirs.get("reference")
-    metrics = _language.student_metrics(ours, teacher, where)
     if h["form"] == "full":
-      values = losses.gopd_loss(
-        ours, teacher, reference, reward_scale=scale, top_k=h["loss_top_k"]
+      values, metrics = _language.divergence(
+        implementation,
+        compared,
+        params,
+        batch,
+        kind="gopd",
+        logged="reverse_kl",
+        **full,
       )
       return {"gopd": train.mean(values, where)}, metrics
+    ours, teacher, *rest = (
+      _language.completion_logits(f, params[k], batch)
+      for k, f in compared.items()
+    )
+    metrics = _language.student_metrics(ours, teacher, where)
     old, weights = _language.behaviour(batch, h["importance_cap"])
     teacher_log_probs = lm.token_log_probs(teacher, tokens)
     advantages = losses.gopd_advantage(
       old,
       teacher_log_probs,
-      None if reference is None else lm.token_log_probs(reference, tokens),
+      lm.token_log_probs(rest[0], tokens) if rest else None,
       reward_scale=scale,
       max_log_ratio=h["max_log_ratio"],
     )

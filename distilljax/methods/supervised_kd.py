@@ -16,13 +16,14 @@ data). Batch: `prompts` [b, p] with `prompt_where`, `tokens` [b, t] with `where`
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distilljax import _checks, lm, losses, train
+from distilljax import _checks, lm, train
 from distilljax.methods import _common, _language
 
 DEFAULTS = {
   "objective": "forward_kl",  # word level; or "cross_entropy"; sections 2, 3
   "source": "data",  # of completions; or "teacher": its samples, sequence level
   "temperature": 1.0,  # of the loss, both logits; TRL's GKDTrainer
+  "loss_implementation": None,  # fused where networks can, or "plain"; ours
   "sampling_temperature": 1.0,  # of the teacher's samples; ours (no beam)
   "max_new_tokens": 128,  # of the teacher's samples; TRL's GKDConfig
   "eos_id": None,  # that ends a sample and is part of it; the task's
@@ -56,24 +57,31 @@ def make(
   sampled = h["source"] == "teacher"
   needed = ["student"] + (["teacher"] if by_kl or sampled else [])
   apply, *teachers = _common.networks_for(slug, apply_fns, needed)
+  compared = {k: apply_fns[k] for k in needed}
+  implementation = _language.implementation_of(
+    slug, h, compared, None if by_kl else "objective='cross_entropy'"
+  )
 
   def loss(params, batch, context):
     del context
     where = batch["where"]
-    ours = _language.completion_logits(apply, params["student"], batch)
-    theirs = None
     if by_kl:
-      theirs = _language.completion_logits(
-        teachers[0], params["teacher"], batch
+      values, metrics = _language.divergence(
+        implementation,
+        compared,
+        params,
+        batch,
+        kind="forward_kl",
+        logged="forward_kl",
+        temperature=h["temperature"],
       )
-      values = losses.forward_kl(ours, theirs, temperature=h["temperature"])
     else:
+      ours = _language.completion_logits(apply, params["student"], batch)
       values = -lm.token_log_probs(
         ours, batch["tokens"], temperature=h["temperature"]
       )
-    return {h["objective"]: train.mean(values, where)}, (
-      _language.student_metrics(ours, theirs, where, direction="forward_kl")
-    )
+      metrics = _language.student_metrics(ours, None, where)
+    return {h["objective"]: train.mean(values, where)}, metrics
 
   collect = None
   if sampled:

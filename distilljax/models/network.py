@@ -85,6 +85,8 @@ def from_nnx(module: Any) -> Network:
 
   Returns:
     `Network(apply_fn, params)`; `apply_fn` works under jit, grad, jvp and vmap.
+    If the module has a `linear_head` (parameters -> `kernels.Head`), so has
+    `apply_fn`: language methods then compare hidden states, not logits.
 
   Raises:
     TypeError: `module` is not an NNX module.
@@ -116,6 +118,8 @@ def from_nnx(module: Any) -> Network:
     merged = nnx.merge(graphdef, _restore(params, keys), constants)
     return merged(*inputs, **conditioning)
 
+  if hasattr(module, "linear_head"):
+    apply_fn.linear_head = module.linear_head
   return Network(apply_fn, _names(params))
 
 

@@ -200,7 +200,9 @@ class Transformer(nnx.Module):
   Returns logits [b, l, v], at least float32, row t predicting token t + 1; with
   `features` (logits, hidden [b, l, d]), and a cache is appended where one was
   given. Under jit, logits that are not used cost nothing: `hidden @
-  output_head(params)` is what they are, at any choice of positions.
+  output_head(params)` is what they are, at any choice of positions. The
+  function of a network made of it says so to losses that never hold the
+  logits: `apply_fn.linear_head(params)` is the head as they take it.
 
   The parameter names are Qwen3's, with `kernel` [in, out] for a linear map
   where Qwen3 has `weight` [out, in].
@@ -287,6 +289,13 @@ class Transformer(nnx.Module):
     self.norm = _RMSNorm(width, eps=norm_eps)
     if not tied:
       self.lm_head = _Dense(width, vocab_size, std=width**-0.5, rngs=rngs)
+
+  @staticmethod
+  def linear_head(params: Params) -> kernels.Head:
+    """The head as `kernels.linear_divergence` takes it, never copied."""
+    if "lm_head" in params:
+      return kernels.Head(params["lm_head"]["kernel"])
+    return kernels.Head(params["embed_tokens"]["weight"], tied=True)
 
   def _empty(self, b: int, size: int, dtype) -> KVCache:
     shape = (b, self.kv_heads, size, self.head_dim)

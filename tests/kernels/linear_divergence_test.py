@@ -302,6 +302,8 @@ def plain_statistics(w, x, ids, kind="reverse_kl", v=V):
       teacher_top_log_probs=top_p,
       student_top_teacher_log_probs=at(log_p, ids_q),
       topk_overlap=losses.topk_overlap(ids_q, ids_p),
+      forward_kl=losses.forward_kl(s, t),
+      reverse_kl=losses.reverse_kl(s, t),
   )
 
 
@@ -334,6 +336,27 @@ def test_statistics_and_their_gradients(x64, strict):
   )(w)
   got, want = run_jit(statistics), run_jit(plain_statistics)
   assert_close(got, want, 1e-13)
+
+
+def test_nobody_pays_for_the_slopes_of_what_is_only_logged():
+  x, ids = cast(arrays(), jnp.float32), some_ids()
+  w = {k: x[k] for k in ("hidden", "kernel", "bias")}
+
+  def of(*fields):
+    def scalar(w):
+      s = statistics(w, x, ids)
+      kept = sum(jnp.sum(getattr(s, f)) for f in fields)
+      return kept, (s.student_entropy, s.student_log_probs)
+
+    found = re.search(
+        r"linear_head_backward\[.*?outputs=\(([^)]*)\)",
+        str(jax.make_jaxpr(jax.grad(scalar, has_aux=True))(w)), re.S,
+    )  # fmt: skip
+    return found[1].replace("'", "").rstrip(",").split(", ")
+
+  assert of("loss") == ["loss"]
+  assert of("loss", "student_entropy") == ["loss", "entropy"]
+  assert of("student_log_probs") == ["lse", "picks"]
 
 
 @pytest.mark.slow

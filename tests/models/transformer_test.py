@@ -138,6 +138,13 @@ def test_forward_is_the_formula(hyper):
   np.testing.assert_allclose(
       hidden @ models.output_head(net.params), logits, **_TOLERANCE
   )
+  head = net.apply_fn.linear_head(net.params)
+  assert head.tied == hyper.get("tied", True)
+  np.testing.assert_array_equal(
+      head.kernel.T if head.tied else head.kernel,
+      models.output_head(net.params),
+  )
+  assert (head.bias, head.softcap, head.scale) == (None, None, None)
 
 
 def test_norm_eps_counts():

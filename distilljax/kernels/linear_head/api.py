@@ -66,7 +66,8 @@ class Head(NamedTuple):
 class LinearTokenStatistics(NamedTuple):
   """Per-token numbers of one pass; None where they were not asked for.
 
-  Entropies, log-probabilities and log-normalisers are at temperature 1.
+  Entropies, log-probabilities, log-normalisers and the two KLs are at
+  temperature 1.
   """
 
   loss: Any  # [n]
@@ -82,6 +83,8 @@ class LinearTokenStatistics(NamedTuple):
   teacher_top_log_probs: Any  # [n, top_k]
   student_top_teacher_log_probs: Any  # [n, top_k]: the teacher's, student's ids
   topk_overlap: Any  # [n], share of the student's top_k among the teacher's
+  forward_kl: Any  # [n], KL(teacher || student)
+  reverse_kl: Any  # [n], KL(student || teacher)
 
 
 # --- what was given ------------------------------------------------------
@@ -694,10 +697,10 @@ def linear_token_statistics(
   One pass over both heads, chunk by chunk, serves OPD (log-probabilities of
   sampled ids), TIP (entropy and divergences) and Prune-OPD (top-k of both and
   their overlap). The loss is that of `linear_divergence` at `temperature`;
-  entropies H = -sum p log p, log-probabilities and log-normalisers are at
-  temperature 1. Loss and the student's entropy, log-probabilities and
-  log-normaliser are differentiable in the student; everything else, top-k
-  included, is without gradient.
+  entropies H = -sum p log p, log-probabilities, log-normalisers and the two
+  KLs are at temperature 1. Loss and the student's entropy, log-probabilities
+  and log-normaliser are differentiable in the student; everything else, the
+  KLs and top-k included, is without gradient.
 
   Args:
     student_hidden: Shape [n, d].
@@ -786,4 +789,6 @@ def linear_token_statistics(
       extra.get("s_top_other"), teacher_lse
     ),
     topk_overlap=overlap,
+    forward_kl=extra.get("forward_kl"),
+    reverse_kl=extra.get("reverse_kl"),
   )

@@ -16,6 +16,7 @@ tangents: its transpose, and that of making the hidden states vary over the
 shards, are JAX's.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -174,6 +175,17 @@ def _jvp(primitive, primals, tangents, *, spec, wrt):
 # --- reverse mode --------------------------------------------------------
 
 
+def _only(spec, kept, base):
+  """(spec, its operands and rows) with the kept outputs alone."""
+  outputs = tuple(k for k, keep in zip(spec.outputs, kept) if keep)
+  if outputs == spec.outputs:
+    return spec, base
+  fewer = dataclasses.replace(spec, outputs=outputs, extras=())
+  i = len(spec.inputs)
+  rows = dict(zip(_row_names(spec), base[i:]))
+  return fewer, (*base[:i], *(rows[k] for k in _row_names(fewer)))
+
+
 def _transpose(primitive, cotangents, *operands, spec, wrt):
   """`tangent` and `backward` are each other's transpose."""
   j = len(spec.inputs) + len(_row_names(spec))
@@ -186,6 +198,11 @@ def _transpose(primitive, cotangents, *operands, spec, wrt):
   )  # fmt: skip
   if all(isinstance(c, ad.Zero) for c in cotangents):
     return [zero(a) for a in operands]
+  if primitive is tangent_p:
+    # Nobody pays for the slopes of what is only logged.
+    kept = [not isinstance(c, ad.Zero) for c in cotangents]
+    spec, base = _only(spec, kept, base)
+    cotangents = [c for c, k in zip(cotangents, kept) if k]
   cotangents = [ad.instantiate_zeros(c) for c in cotangents]
   if primitive is tangent_p:
     asked = tuple(

@@ -43,7 +43,8 @@ class Spec:
   inputs: tuple[str, ...]
   # Differentiable outputs among loss, lse, entropy, picks, tempered, rest.
   outputs: tuple[str, ...]
-  # Statistics without a derivative: teacher (lse, entropy, picks), top_k.
+  # Statistics without a derivative: teacher (lse, entropy, picks, the KLs to
+  # it at temperature 1), top_k.
   extras: tuple[str, ...]
   kind: str | None
   mix: float
@@ -294,6 +295,12 @@ def _rebase(spec, x, stats, maxima):
     k: (a + stats["l"][k] * (m[k] - maxima[k])) * shrink[k]
     for k, a in stats["a"].items()
   }
+  # sum exp(x - m) (x' - m') with the other model's x', for the KLs.
+  other = _others(spec) if stats["x"] else {}
+  out["x"] = {
+    k: (a + stats["l"][k] * (m[other[k]] - maxima[other[k]])) * shrink[k]
+    for k, a in stats["x"].items()
+  }
   out["picks"] = stats["picks"]
   return out
 
@@ -323,6 +330,12 @@ def _key(spec, model):
   return model if same else f"{model}1"
 
 
+def _others(spec):
+  """Student and teacher at temperature 1, each with the other."""
+  s, t = (_key(spec, m) for m in "st")
+  return {s: t, t: s}
+
+
 def _first_of_chunk(spec, x, new, start, dtype):
   """Statistics of one chunk."""
   fresh, _ = _columns(spec, x, new, start)
@@ -341,6 +354,7 @@ def _first_of_chunk(spec, x, new, start, dtype):
     "m": top_m,
     "l": {k: jnp.sum(jnp.exp(a), axis=1) for k, a in centred.items()},
     "a": {},
+    "x": {},
     "picks": {},
     "top": {},
   }
@@ -350,9 +364,13 @@ def _first_of_chunk(spec, x, new, start, dtype):
     u = sum(_column(c[b]) * jnp.where(alive, centred[b], 0) for b in c)
     stats["d"] = jnp.sum(_weighted(centred[weight], u), axis=1)
   for m in spec.plain:
-    if m == "t" or "entropy" in spec.outputs:
+    if "teacher" in spec.extras or "entropy" in spec.outputs:
       a = centred[_key(spec, m)]
       stats["a"][_key(spec, m)] = jnp.sum(_weighted(a, a), axis=1)
+  if "teacher" in spec.extras:
+    for k, other in _others(spec).items():
+      terms = _weighted(centred[k], centred[other])
+      stats["x"][k] = jnp.sum(terms, axis=1)
   if "picks" in spec.outputs:
     stats["picks"]["s"] = _pick(spec, x, raw["s"], new, start)
     if "teacher" in spec.extras:
@@ -567,6 +585,10 @@ def evaluate(spec, x):
     key = _key(spec, "t")
     extras["teacher_lse"] = lse(key)
     extras["teacher_entropy"] = entropies[key]
+    for k, other in _others(spec).items():
+      name = "forward_kl" if k == key else "reverse_kl"
+      cross = rows[f"g_{other}"] - stats["x"][k] / stats["l"][k]
+      extras[name] = cross - entropies[k]
     if "t" in stats["picks"]:
       extras["teacher_picks"] = stats["picks"]["t"]
   for m, found in stats["top"].items():
