@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -349,6 +351,7 @@ def train_and_evaluate(
     job.problem.facts()  # the classifier, before the bars begin
   judged = since(before)
   result = run_stages(job, workdir, mesh, [*watches, *hooks], log)
+  memory = peak_memory(mesh)
   before = now()
   scores, rows = _evaluate(job, result, log)
   final = job.stages[-1]
@@ -370,6 +373,7 @@ def train_and_evaluate(
       **{k: v[i] for k, v in spent.items()},
     }
   summary["compile_seconds"] = result.compile_seconds
+  summary["peak_memory_bytes"] = memory
   summary["parameters"] = {
     f"{stage.name}/{network}": models.count_params(params)
     for stage in job.stages
@@ -456,6 +460,22 @@ def now() -> tuple[float, float]:
 def since(before: tuple[float, float]) -> tuple[float, float]:
   """Wall and CPU seconds since `now`."""
   return tuple(b - a for a, b in zip(before, now()))
+
+
+def peak_memory(mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """Most bytes held until now: by this process, and by a device of its own.
+
+  Args:
+    mesh: whose devices are asked; a CPU has no memory but the host's.
+
+  Returns:
+    {"host": resident bytes} and, of the fullest device, "device".
+  """
+  unit = 1 if sys.platform == "darwin" else 1024
+  out = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+  found = [(d.memory_stats() or {}) for d in mesh.local_devices]
+  peaks = [s["peak_bytes_in_use"] for s in found if "peak_bytes_in_use" in s]
+  return {**out, "device": max(peaks)} if peaks else out
 
 
 def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:

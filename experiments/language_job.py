@@ -337,6 +337,7 @@ def train_and_evaluate(
     if evaluation.watches
   ]
   result = job_lib.run_stages(job, workdir, mesh, [*watches, *hooks], log)
+  memory = job_lib.peak_memory(mesh)
   before = job_lib.now()
   # The evaluation's programs are for one device, whatever the mesh was.
   of = _models(job, jax.device_get(result.params))
@@ -364,6 +365,7 @@ def train_and_evaluate(
   for i, field in enumerate(("seconds", "cpu_seconds")):
     summary[field] = {**getattr(result, field), "evaluation": spent[i]}
   summary["compile_seconds"] = result.compile_seconds
+  summary["peak_memory_bytes"] = memory
   summary["parameters"] = {
     f"{stage.name}/{network}": models.count_params(params)
     for stage in job.stages

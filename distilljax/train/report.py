@@ -533,6 +533,13 @@ def _timing_table(page: _Page, summary: Mapping[str, Any]) -> str:
   rows.append(
       line("total", [total(c) for c in columns], mark=' class="total"')
   )
+  memory = summary.get("peak_memory_bytes") or {}
+  if memory:
+    shown = ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items())
+    rows.append(
+        f'<tr><td>peak memory of training</td><td colspan="{len(columns)}">'
+        f"{_text(shown)}</td></tr>"
+    )
   note = ""
   if compiling is not None and not each:
     note = f"Compilation took {_seconds(compiling)} of it. "
@@ -687,8 +694,9 @@ def write_report(
 
   The page holds, in this order: title, lead and headline numbers; the figures
   that are not curves, as given; the scores as a chart and a table with floors;
-  the training curves (titles that begin with "Training"); times; skipped steps
-  and hints; how to reproduce. A section with nothing to show is left out.
+  the training curves (titles that begin with "Training"); times and memory;
+  skipped steps and hints; how to reproduce. A section with nothing to show is
+  left out.
 
   Args:
     workdir: the run's folder.
@@ -698,7 +706,8 @@ def write_report(
     summary: the dict of summary.json. Read are `scores` and `floors` (rows
       {model, steps, metric, value, n}, and `spread` where a value is the mean
       of several runs), `seconds` and `cpu_seconds` (by stage),
-      `compile_seconds` (a number, or by stage), `params_sha256`, `versions`,
+      `compile_seconds` (a number, or by stage), `peak_memory_bytes` (by where
+      it is: host, device), `params_sha256`, `versions`,
       `seed`, `skipped` (by network), `config`, `classifier_accuracy`,
       `parameters` (by network), and `hints` (sentences of the diagnostics);
       every one of them may be missing.
@@ -742,7 +751,7 @@ def write_report(
   if training:
     sections.append(("Training", "".join(training)))
   if summary.get("seconds") or summary.get("cpu_seconds"):
-    sections.append(("Time", _timing_table(page, summary)))
+    sections.append(("Cost", _timing_table(page, summary)))
   sections.append(("Guard and diagnostics", _guard(summary)))
   sections.append(("How to reproduce", _reproduce(page, summary, command)))
 

@@ -121,8 +121,8 @@ def test_a_run_leaves_everything(sums):
   # The headline comes first: tiles and chart show it.
   assert summary["scores"][0]["metric"] == "answer"
   assert {
-    "seconds", "cpu_seconds", "compile_seconds", "params_sha256", "versions",
-    "seed", "seeds", "floors",
+    "seconds", "cpu_seconds", "compile_seconds", "peak_memory_bytes",
+    "params_sha256", "versions", "seed", "seeds", "floors",
   } <= set(summary)
   assert set(summary["parameters"]) == {
     "teacher/student", "student_0/student", "student_0/teacher"

@@ -129,6 +129,7 @@ def test_a_run_leaves_everything(finished):
     "seconds",
     "cpu_seconds",
     "compile_seconds",
+    "peak_memory_bytes",
     "params_sha256",
     "versions",
     "seed",
@@ -213,3 +214,22 @@ def test_every_step_of_the_schedule_has_its_optimizer_length():
   change, _ = tx.update(params, state, params)
   assert abs(float(change["w"][0])) < 1e-9  # cosine has ended
   assert isinstance(optax.tree_utils.tree_get(state, "mu")["w"], jax.Array)
+
+
+def test_peak_memory_is_of_the_process_and_the_fullest_device():
+  class Device:
+    def __init__(self, stats):
+      self.memory_stats = lambda: stats
+
+  class Mesh:
+    def __init__(self, *stats):
+      self.local_devices = [Device(s) for s in stats]
+
+  # No device of its own: a CPU says nothing.
+  before = job.peak_memory(Mesh(None))
+  assert set(before) == {"host"}
+  after = job.peak_memory(Mesh({"peak_bytes_in_use": 3}, {},
+                               {"peak_bytes_in_use": 5}))  # fmt: skip
+  assert after["device"] == 5
+  # Bytes: between an interpreter and what this machine could have.
+  assert 2**26 < before["host"] <= after["host"] < 2**40

@@ -38,6 +38,7 @@ SUMMARY = {
   "seconds": {"teacher": 92.4, "dmd2": 104.94},
   "cpu_seconds": {"teacher": 118.0, "dmd2": 141.3},
   "compile_seconds": {"teacher": 6.5},
+  "peak_memory_bytes": {"host": 3 * 2**30, "device": 2**20},
   "params_sha256": "9f86d081" * 8,
   "versions": {"jax": "0.10.2"},
   "seed": 17,
@@ -230,6 +231,7 @@ class TestPage:
       ["teacher", "92.4 s", "118.0 s", "6.5 s"],
       ["dmd2", "104.9 s", "141.3 s", "–"],
       ["total", "197.3 s", "259.3 s", "6.5 s"],
+      ["peak memory of training", "host 3,072 MiB, device 1 MiB"],
     ]
 
   def test_csv_of_times(self, written):
