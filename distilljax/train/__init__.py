@@ -37,7 +37,7 @@ from distilljax.train.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from distilljax.train.sharding import make_mesh, map_rows, put_rows
+from distilljax.train.sharding import make_mesh, map_rows, put_rows, row_shard
 from distilljax.train.step import State, Step, make_step, map_slices
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "params_sha256",
     "put_rows",
     "row_keys",
+    "row_shard",
     "run",
     "weighted",
 ]

@@ -240,9 +240,8 @@ class _Runner:
         f"stage {stage.name}: init must return parameters for"
         f" {sorted(expected)}, got none for {missing}"
       )
-    self.frozen = jax.device_put(
-      {n: params[n] for n in stage.method.named(Frozen)},
-      sharding.replicated(mesh),
+    self.frozen = self.step.place(
+      {n: params[n] for n in stage.method.named(Frozen)}
     )
     self.state = self.step.init(params, named_key(key, "steps"))
     self.data = stage.data()

@@ -1,29 +1,106 @@
-"""Meshes and placements: plain data parallelism over every device."""
+"""Meshes, and rules that say how networks are cut over them.
 
-from collections.abc import Callable, Sequence
+A mesh has the axes `data`, `fsdp` and `tensor`. Rows of a batch are cut over
+`data` and `fsdp`. A rule maps names of parameter axes (`models.axes`) to mesh
+axes:
+
+* "dp": nothing is cut;
+* "fsdp": every matrix is cut over `fsdp`, once, along the first of its named
+  axes that divides; the compiler gathers it where a layer uses it and
+  scatters its gradient;
+* "fsdp+tensor": first the inside of blocks (`mlp`, `heads`, `vocab`) over
+  `tensor`, then the rest over `fsdp`.
+
+A parameter that no table names is cut over `fsdp` along its longest axis that
+divides. Vectors and arrays below `SMALL` numbers are never cut: gathering them
+would cost more than it saves.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from distilljax.typing import PyTree
+from distilljax import _checks
+from distilljax.models import axes as axes_lib
+from distilljax.typing import Params, PyTree
 
-RULES = ("dp",)
+MESH_AXES = ("data", "fsdp", "tensor")
+# rule -> (mesh axis, names of parameter axes it may cut, in order), in order.
+RULES = {
+  "dp": (),
+  "fsdp": (("fsdp", ("embed", "mlp", "heads", "vocab")),),
+  "fsdp+tensor": (
+    ("tensor", ("mlp", "heads", "vocab")),
+    ("fsdp", ("embed", "mlp", "heads", "vocab")),
+  ),
+}
+SMALL = 1024
 
 
-def make_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """A mesh with the axis `data` over all devices (or those given).
+def nearest_multiple(value: int, of: int) -> int:
+  """The positive multiple of `of` that is nearest to `value`."""
+  return max(1, round(value / of)) * of
+
+
+def make_mesh(
+  devices: Sequence[Any] | None = None,
+  *,
+  data: int | None = None,
+  fsdp: int | None = 1,
+  tensor: int = 1,
+) -> jax.sharding.Mesh:
+  """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
 
   Args:
     devices: devices in order; None is all of them.
+    data: number of copies of what is cut; None is what the others leave.
+    fsdp: number of parts of a network's state; None is what the others leave
+      (then `data` is 1 where it is None too).
+    tensor: number of parts of the inside of a block.
 
   Returns:
-    A mesh of one axis.
+    The mesh. With the default sizes it serves plain data parallelism.
+
+  Raises:
+    ValueError: the sizes do not make up the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  count = len(devices)
+  if fsdp is None and data is None:
+    data = 1
+  given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  known = {k: v for k, v in given.items() if v is not None}
+  for name, size in known.items():
+    if size < 1:
+      _checks.fail("make_mesh", name, ">= 1", size)
+  product = math.prod(known.values())
+  text = " x ".join(f"{k}={v}" for k, v in known.items())
+  if len(known) == 3 and product != count:
+    raise ValueError(
+      f"make_mesh: {text} = {product} must be the number of devices, {count}"
+    )
+  if count % product:
+    last, size = [(k, v) for k, v in known.items() if v > 1][-1]
+    others = product // size
+    fitting = [
+      n for n in range(1, count + 1) if count % (n * others) == 0
+    ]
+    nearest = (
+      f"; nearest: {last}={min(fitting, key=lambda n: abs(n - size))}"
+      if fitting
+      else ""
+    )
+    raise ValueError(
+      f"make_mesh: {text} = {product} must divide the {count}"
+      f" devices{nearest}"
+    )
+  sizes = [count // product if v is None else v for v in given.values()]
   return jax.make_mesh(
-    (len(devices),), ("data",), (AxisType.Auto,), devices=devices
+    sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices
   )
 
 
@@ -33,8 +110,186 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The leading axis is cut over the mesh's data axis."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  """The leading axis is cut over the mesh's axes `data` and `fsdp`."""
+  cut = tuple(a for a in ("data", "fsdp") if a in mesh.axis_names)
+  return NamedSharding(mesh, PartitionSpec(cut if len(cut) > 1 else cut[0]))
+
+
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+  """Number of parts that the rows of a batch are cut in."""
+  return math.prod(mesh.shape.get(a, 1) for a in ("data", "fsdp"))
+
+
+def row_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """Which part of every batch this process has to bring.
+
+  Processes that hold the same rows (their devices differ along `tensor` only)
+  get the same answer.
+
+  Args:
+    mesh: the mesh.
+
+  Returns:
+    (index, count): this process brings part `index` of `count` equal parts of
+    the rows, in order.
+
+  Raises:
+    ValueError: this process's rows are not one part of equal ones.
+  """
+  parts = row_parts(mesh)
+  if jax.process_count() == 1:
+    return 0, 1
+  places = rows(mesh).addressable_devices_indices_map((parts,))
+  mine = sorted({i[0].indices(parts)[0] for i in places.values()})
+  first, size = mine[0], len(mine)
+  if mine != list(range(first, first + size)) or parts % size or first % size:
+    raise ValueError(
+      f"mesh: a process must hold neighbouring parts of the rows, got {mine}"
+      f" of {parts}; choose fsdp x tensor that divides or is a multiple of the"
+      f" {jax.local_device_count()} devices of a process"
+    )
+  return first // size, parts // size
+
+
+def rule_of(
+  networks: Mapping[str, str | None],
+  rules: str | Mapping[str, str],
+  mesh: jax.sharding.Mesh,
+) -> dict[str, str]:
+  """The rule of every network.
+
+  Args:
+    networks: name -> the network that it follows (an EMA), or None.
+    rules: one rule for all, or a rule by network. A network that is not named
+      has the rule of the one it follows, else "dp".
+    mesh: the mesh, which must have the axes that the rules name.
+
+  Returns:
+    Rule by network.
+
+  Raises:
+    ValueError: unknown rule or network, or a mesh without an axis of a rule.
+  """
+  if isinstance(rules, str):
+    rules = dict.fromkeys(networks, rules)
+  for network, rule in rules.items():
+    _checks.one_of("rules", "network", network, networks)
+    _checks.one_of("make_step", "rules", rule, RULES)
+    for axis, _ in RULES[rule]:
+      if axis not in mesh.axis_names:
+        raise ValueError(
+          f"rules: {rule!r} needs the mesh axis {axis!r}, got a mesh of"
+          f" {mesh.axis_names}; make it with train.make_mesh({axis}=...)"
+        )
+  if "data" not in mesh.axis_names:
+    raise ValueError(
+      f"rules: rows need the mesh axis 'data', got a mesh of {mesh.axis_names};"
+      " make it with train.make_mesh()"
+    )
+  return {
+    name: rules.get(name) or rules.get(source) or "dp"
+    for name, source in networks.items()
+  }
+
+
+def _spec(rule, path, shape, mesh, table) -> PartitionSpec:
+  """Where one parameter lies."""
+  if len(shape) < 2 or math.prod(shape) < SMALL:
+    return PartitionSpec()
+  names = axes_lib.axis_names(path.partition("/")[2], len(shape), table)
+  cut: list[str | None] = [None] * len(shape)
+  for mesh_axis, wanted in RULES[rule]:
+    parts = mesh.shape[mesh_axis]
+    if parts == 1:
+      continue
+    if names is None:
+      # Unknown: the inside of a block cannot be told from the rest.
+      candidates = sorted(range(len(shape)), key=lambda i: -shape[i])
+      candidates = candidates if mesh_axis == "fsdp" else []
+    else:
+      candidates = [
+        i for w in wanted for i, n in enumerate(names) if n == w
+      ]
+    candidates = [i for i in candidates if cut[i] is None]
+    fitting = [i for i in candidates if shape[i] % parts == 0]
+    if candidates and not fitting:
+      i = candidates[0]
+      axis = f"axis {i}" if names is None else names[i]
+      raise ValueError(
+        f"rules: {path} {list(shape)} must have an axis divisible by the"
+        f" {parts} devices of mesh axis {mesh_axis!r}, got"
+        f" {axis}={shape[i]}; nearest: {nearest_multiple(shape[i], parts)}"
+      )
+    if fitting:
+      cut[fitting[0]] = mesh_axis
+  while cut and cut[-1] is None:
+    cut.pop()
+  return PartitionSpec(*cut)
+
+
+def _path(keys: Any) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def shardings(
+  network: str,
+  params: Params,
+  rule: str,
+  mesh: jax.sharding.Mesh,
+  table: axes_lib.AxisTable = (),
+) -> PyTree:
+  """Where the parameters of one network lie.
+
+  Args:
+    network: its name, for messages.
+    params: arrays or `jax.ShapeDtypeStruct`s.
+    rule: a name in `RULES`.
+    mesh: the mesh.
+    table: names of axes, looked at before `models.axes.AXES`.
+
+  Returns:
+    A tree like `params` of `NamedSharding`s.
+
+  Raises:
+    ValueError: a parameter with no axis that divides.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, x: NamedSharding(
+      mesh, _spec(rule, f"{network}/{_path(keys)}", x.shape, mesh, table)
+    ),
+    params,
+  )
+
+
+def like_params(tree: PyTree, params: Params, places: PyTree) -> PyTree:
+  """Where an optimizer's state lies: a leaf that mirrors a parameter as it.
+
+  A leaf mirrors the parameter whose path ends its own and whose shape it has;
+  others (counts, factored moments) are replicated.
+
+  Args:
+    tree: the optimizer's state, arrays or shapes.
+    params: the parameters, arrays or shapes.
+    places: their shardings.
+
+  Returns:
+    A tree like `tree` of `NamedSharding`s.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  known = {
+    _path(keys): (leaf.shape, place)
+    for (keys, leaf), place in zip(leaves, jax.tree.leaves(places))
+  }
+  whole = replicated(jax.tree.leaves(places)[0].mesh)
+
+  def place(keys, leaf):
+    for i in range(len(keys)):
+      shape, found = known.get(_path(keys[i:]), (None, None))
+      if shape == leaf.shape:
+        return found
+    return whole
+
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
@@ -42,7 +297,7 @@ def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
   Args:
     batch: pytree of NumPy arrays with a common leading axis: this process's
-      rows (with one process: the whole batch).
+      rows, see `row_shard` (with one process: the whole batch).
     mesh: the mesh.
 
   Returns:
@@ -52,13 +307,14 @@ def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     ValueError: the rows do not divide over the devices.
   """
   sharding = rows(mesh)
-  local = len(mesh.local_devices)
+  _, count = row_shard(mesh)
+  local = row_parts(mesh) // count
   for name, array in batch.items():
     if np.shape(array)[0] % local:
       raise ValueError(
         f"batch: {name} must have rows divisible by {local} devices, got"
         f" {np.shape(array)[0]}; nearest:"
-        f" {max(1, round(np.shape(array)[0] / local)) * local}"
+        f" {nearest_multiple(np.shape(array)[0], local)}"
       )
   if jax.process_count() == 1:
     return jax.device_put(dict(batch), sharding)

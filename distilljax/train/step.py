@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from distilljax import _checks
+from distilljax.models import axes as axes_lib
 from distilljax.train import method as method_lib
 from distilljax.train import metrics as metrics_lib
 from distilljax.train import sharding
@@ -112,29 +113,31 @@ def map_slices(
 
 
 class Step:
-  """A method's train step on a mesh. Made by `make_step`."""
+  """A method's train step on a mesh. Made by `make_step`.
 
-  def __init__(self, method, optimizers, mesh, accumulation, unroll, dtype):
+  Attributes:
+    method: the method.
+    mesh: the devices.
+    rules: the sharding rule of every network by name.
+    jitted: the program of the last call, None before the first: `jitted(
+      updates, state, frozen, batch)`.
+  """
+
+  def __init__(self, method, optimizers, mesh, rules, **options):
     self.method = method
     self.mesh = mesh
+    self.rules = rules
+    self.jitted = None
+    self._shapes = None
     self._optimizers = optimizers
-    self._accumulation = accumulation
-    self._unroll = unroll
-    self._dtype = dtype
-    whole, rows = sharding.replicated(mesh), sharding.rows(mesh)
-    # On CPU the compiler's third optimization level costs a third more compile
-    # time and runs no faster (measured on a UNet step: 62 against 61 ms).
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    self._init = jax.jit(self._make_state, out_shardings=whole)
-    self.jitted = jax.jit(
-      self._run,
-      static_argnums=0,
-      donate_argnums=1,
-      in_shardings=(whole, whole, rows),
-      out_shardings=(whole, whole),
-      compiler_options=options,
-    )
+    self._axes = options["axes"]
+    self._accumulation = options["accumulation"]
+    self._unit = sharding.row_parts(mesh) * self._accumulation
+    self._unroll = options["unroll"]
+    self._dtype = options["compute_dtype"]
+    self._frozen_dtype = options["frozen_dtype"]
+    # Of the trained networks that are cut, by name; known from the first state.
+    self._cut = {}
 
   def __call__(
     self,
@@ -145,14 +148,26 @@ class Step:
   ) -> tuple[State, dict[str, Mean]]:
     """One step: updates the named networks, donates `state`."""
     rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % self._accumulation:
-      _checks.fail(
-        "step",
-        "batch",
-        f"of rows divisible by accumulation {self._accumulation}",
-        rows,
-      )
+    if rows % self._unit:
+      self._refuse(rows)
+    if self.jitted is None:
+      self._build(state, frozen)
     return self.jitted(updates, state, dict(frozen), batch)
+
+  def lower(self, updates, state, frozen, batch):
+    """The step of these arrays or `ShapeDtypeStruct`s, lowered, not run."""
+    self._build(state, frozen)
+    return self.jitted.lower(updates, state, dict(frozen), batch)
+
+  def _refuse(self, rows):
+    parts = sharding.row_parts(self.mesh)
+    _checks.fail(
+      "step",
+      "batch",
+      f"of rows divisible by devices {parts} x accumulation"
+      f" {self._accumulation} = {self._unit}",
+      f"{rows}; nearest: {sharding.nearest_multiple(rows, self._unit)}",
+    )
 
   def init(self, params: Mapping[str, Params], key: Array) -> State:
     """The first state, in its shardings; `params` are copied, never aliased.
@@ -162,11 +177,92 @@ class Step:
         passed over; an EMA network without an entry starts as its source).
       key: the stage's key (typed, threefry).
     """
+    start, shapes = self._start(params, key)
+    places = self.places(shapes)
+    return jax.jit(self._make_state, out_shardings=places)(start, key)
+
+  def abstract(self, params: Mapping[str, PyTree], key: Array) -> State:
+    """The first state's shapes in their shardings: nothing is computed.
+
+    Args:
+      params: as for `init`; shapes (`jax.ShapeDtypeStruct`) suffice.
+      key: the stage's key, or its shape.
+    """
+    _, shapes = self._start(params, key)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      self.places(shapes),
+    )
+
+  def _start(self, params, key):
+    """What a state starts from, and the shapes of that state."""
     roles = self.method.networks
     start = {n: params[n] for n in self.method.named(method_lib.Trained)}
     for name in self.method.named(method_lib.Ema):
       start[name] = params.get(name, params[roles[name].of])
-    return self._init(start, key)
+    shapes = jax.eval_shape(self._make_state, start, key)
+    if shapes != self._shapes:
+      self._shapes, self.jitted = shapes, None
+    return start, shapes
+
+  def place(self, frozen: Mapping[str, Params]) -> dict[str, Params]:
+    """Frozen networks as the step wants them: cut by rule, in their dtype.
+
+    Args:
+      frozen: parameters by name, the same on every process.
+    """
+    frozen = {n: _cast(p, self._frozen_dtype) for n, p in frozen.items()}
+    places = self._network_places(frozen)
+    if jax.process_count() == 1:
+      return jax.device_put(frozen, places)
+    return jax.jit(lambda tree: tree, out_shardings=places)(frozen)
+
+  def places(self, state: State) -> State:
+    """The shardings of a state (or of its shapes): what jit is given.
+
+    Args:
+      state: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    whole = sharding.replicated(self.mesh)
+    params = self._network_places(state.params)
+    return State(
+      step=whole,
+      key=whole,
+      params=params,
+      opt_state={
+        n: sharding.like_params(s, state.params[n], params[n])
+        for n, s in state.opt_state.items()
+      },
+      carry=jax.tree.map(lambda _: whole, state.carry),
+      skipped=jax.tree.map(lambda _: whole, state.skipped),
+    )
+
+  def _network_places(self, params):
+    return {
+      n: sharding.shardings(n, p, self.rules[n], self.mesh, self._axes)
+      for n, p in params.items()
+    }
+
+  def _build(self, state, frozen):
+    """The jitted step of states of these shapes."""
+    whole, rows = sharding.replicated(self.mesh), sharding.rows(self.mesh)
+    places = self.places(state)
+    self._cut = {
+      n: places.params[n] for n in state.opt_state if self.rules[n] != "dp"
+    }
+    # On CPU the compiler's third optimization level costs a third more compile
+    # time and runs no faster (measured on a UNet step: 62 against 61 ms).
+    on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    self.jitted = jax.jit(
+      self._run,
+      static_argnums=0,
+      donate_argnums=1,
+      in_shardings=(places, self._network_places(frozen), rows),
+      out_shardings=(places, whole),
+      compiler_options=options,
+    )
 
   def _make_state(self, params, key):
     trained = self.method.named(method_lib.Trained)
@@ -198,6 +294,9 @@ class Step:
     metrics: dict[str, Mean] = {}
     for name in updates:
       grads, values, total = self._gradients(name, params, batch, context)
+      if name in self._cut:
+        # A gradient is scattered where it is summed, not held whole.
+        grads = jax.lax.with_sharding_constraint(grads, self._cut[name])
       norm = optax.tree.norm(grads)
       ok = jnp.isfinite(norm) & jnp.isfinite(total)
       own = {n: state.params[n] for n in self._moved_with(name)}
@@ -326,11 +425,13 @@ def make_step(
   method: method_lib.Method,
   optimizers: Mapping[str, optax.GradientTransformation],
   mesh: jax.sharding.Mesh | None = None,
-  rules: str = "dp",
+  rules: str | Mapping[str, str] = "dp",
   *,
+  axes: axes_lib.AxisTable = (),
   accumulation: int = 1,
   unroll: bool = True,
   compute_dtype: Any = None,
+  frozen_dtype: Any = None,
 ) -> Step:
   """The train step of a method: `step(updates, state, frozen, batch)`.
 
@@ -343,8 +444,12 @@ def make_step(
   Args:
     method: the method.
     optimizers: an optax transformation for every trained network by name.
-    mesh: devices; None is all of them, as the axis `data`.
-    rules: how states are cut over the mesh; "dp" replicates them.
+    mesh: devices, see `make_mesh`; None is all of them, as the axis `data`.
+    rules: how networks and their optimizers are cut over the mesh: "dp"
+      (replicated), "fsdp", "fsdp+tensor"; one for all networks, or by name (an
+      EMA that is not named follows its source, others are replicated).
+    axes: names of the axes of parameters that the zoo does not know: (pattern
+      of the end of a path, names of the last axes); see `models.axes`.
     accumulation: micro-batches a step; must divide the batch over the devices.
       Counts of all micro-batches are summed before any gradient, so the number
       changes nothing but memory (and rounding).
@@ -352,14 +457,16 @@ def make_step(
       the memory (but a convolution in it is 8-19 times slower on CPU).
     compute_dtype: dtype that parameters are cast to at the losses' door; None
       leaves them. Master parameters and gradients stay as they are.
+    frozen_dtype: dtype in which `Step.place` holds the frozen networks; None
+      leaves them.
 
   Returns:
     A `Step`: callable `(updates, state, frozen, batch) -> (state, metrics)`,
-    with `init(params, key) -> State`.
+    with `init(params, key) -> State` and `place(frozen)`.
 
   Raises:
-    ValueError: an optimizer is missing, or accumulation is asked of a method
-      whose loss couples rows.
+    ValueError: an optimizer is missing, accumulation is asked of a method
+      whose loss couples rows, or a rule does not fit networks and mesh.
   """
   method_lib.check_method(method)
   trained = method.named(method_lib.Trained)
@@ -375,8 +482,16 @@ def make_step(
       f"make_step: accumulation must be 1 for {method.name}, whose loss"
       f" couples the rows of a batch, got {accumulation}"
     )
-  _checks.one_of("make_step", "rules", rules, sharding.RULES)
   mesh = sharding.make_mesh() if mesh is None else mesh
+  sources = {n: getattr(r, "of", None) for n, r in method.networks.items()}
   return Step(
-    method, dict(optimizers), mesh, accumulation, unroll, compute_dtype
+    method,
+    dict(optimizers),
+    mesh,
+    sharding.rule_of(sources, rules, mesh),
+    axes=axes,
+    accumulation=accumulation,
+    unroll=unroll,
+    compute_dtype=compute_dtype,
+    frozen_dtype=frozen_dtype,
   )

@@ -306,7 +306,7 @@ def test_bad_input_is_one_line():
     train.make_step(toy.method(), toy.optimizers(), rules="ddp")
   with helpers.one_line_error("divisible by 8 devices, got 12; nearest: 16"):
     train.put_rows(toy.batch(0, 12), mesh(8))
-  with helpers.one_line_error("rows divisible by accumulation 3, got 16"):
+  with helpers.one_line_error("1 x accumulation 3 = 3, got 16; nearest: 15"):
     run(made(1, 3, True), steps=1)
   with helpers.one_line_error("losses must be given for"):
     train.make_step(toy.method(losses={}), {})
