@@ -1,5 +1,6 @@
 """Networks: adapters to (apply_fn, params), and a small zoo in NNX."""
 
+from distilljax.models.layers import cut_rows
 from distilljax.models.network import (
     Network,
     count_params,
@@ -17,6 +18,7 @@ __all__ = [
     "KVCache",
     "Network",
     "count_params",
+    "cut_rows",
     "feature_dim",
     "from_callable",
     "from_linen",

@@ -56,6 +56,8 @@ class DiT(nnx.Module):
     num_classes: number of classes, 0 for none.
     second_time: whether the network takes r.
     max_frequency: highest time frequency, radians.
+    remat: what of a block is kept for the backward pass: "none" (everything),
+      "dots" or "block", see `layers.rematerialize`.
     rngs: NNX random streams.
 
   References:
@@ -74,12 +76,15 @@ class DiT(nnx.Module):
       num_classes: int = 0,
       second_time: bool = False,
       max_frequency: float = 10.0,
+      remat: str = "none",
       rngs: layers.Draws | nnx.Rngs,
   ):
     if width % 4 or width % heads:
       _checks.fail(
           "DiT", "width", f"a multiple of 4 and of heads={heads}", width
       )
+    _checks.one_of("DiT", "remat", remat, layers.REMAT)
+    self.remat = remat
     self.in_channels = in_channels
     self.patch = patch
     self.width = width
@@ -112,7 +117,8 @@ class DiT(nnx.Module):
     position = layers.position_embedding(rows, columns, self.width)
     h = h + position.astype(dtype)[None]
     for i in range(self.depth):
-      h = getattr(self, f"block_{i}")(h, c)
+      block = layers.rematerialize(getattr(self, f"block_{i}"), self.remat)
+      h = block(layers.cut_rows(h), c)
       if i == self.depth // 2:
         middle = h
     scale, shift = jnp.split(self.modulation(c), 2, axis=-1)

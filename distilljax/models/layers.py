@@ -51,6 +51,66 @@ def conv2d(x, kernel, *, stride: int = 1, implementation: str = "native"):
   return out.reshape(b, rows, columns, o)
 
 
+def cut_rows(x):
+  """Keeps the rows of `x` cut over the devices of a train step, else nothing.
+
+  Between a matrix and rows that are cut over the same devices the compiler may
+  move either; moving the rows makes every device compute all of them. Blocks
+  say with this that it is the matrix that is to be gathered.
+
+  Args:
+    x: array with the batch first.
+
+  Returns:
+    x, its rows cut over the mesh axes `data` and `fsdp` where there are such
+    (`train.make_step` puts them in context) and they divide the rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = jax.sharding.AxisType.Auto
+  names = tuple(
+      name
+      for name, kind in zip(mesh.axis_names, mesh.axis_types)
+      if name in ("data", "fsdp") and kind == automatic
+  )
+  parts = math.prod(mesh.shape[name] for name in names)
+  if parts == 1 or x.shape[0] % parts:
+    return x
+  return jax.lax.with_sharding_constraint(
+      x, jax.sharding.PartitionSpec(names)
+  )
+
+
+# What the backward pass of a block finds of its forward pass.
+REMAT = {
+    "none": "everything",
+    "dots": "the results of its matrix products",
+    "block": "its inputs",
+}
+
+
+def rematerialize(fn, remat: str):
+  """`fn` whose activations are computed again in the backward pass.
+
+  Args:
+    fn: a block: a function of arrays.
+    remat: "none" keeps every activation; "dots" the results of products with
+      parameters; "block" the arguments of `fn` only, at one more forward pass.
+
+  Returns:
+    A function with the same values and derivatives.
+  """
+  _checks.one_of("rematerialize", "remat", remat, REMAT)
+  if remat == "none":
+    return fn
+  policies = jax.checkpoint_policies
+  return jax.checkpoint(
+      fn,
+      policy=policies.dots_with_no_batch_dims_saveable
+      if remat == "dots"
+      else policies.nothing_saveable,
+  )
+
+
 class Draws:
   """Normal numbers cut from one long vector, in the place of `nnx.Rngs`.
 

@@ -68,6 +68,6 @@ class MLP(nnx.Module):
     c = self.condition("MLP", x, t, label, r)
     h = jnp.concatenate([jnp.asarray(x, dtype), c], axis=-1)
     for i in range(self.depth):
-      h = nnx.silu(getattr(self, f"hidden_{i}")(h))
+      h = nnx.silu(getattr(self, f"hidden_{i}")(layers.cut_rows(h)))
     out = _checks.at_least_float32(self.head(h))
     return (out, _checks.at_least_float32(h)) if features else out

@@ -221,6 +221,8 @@ class Transformer(nnx.Module):
     norm_eps: of every RMSNorm.
     qk_norm: RMSNorm of each head's queries and keys before RoPE (Qwen3).
     tied: whether the head is the embedding, transposed.
+    remat: what of a block is kept for the backward pass: "none" (everything),
+      "dots" or "block", see `layers.rematerialize`.
     rngs: NNX random streams.
 
   References:
@@ -241,6 +243,7 @@ class Transformer(nnx.Module):
       norm_eps: float = 1e-6,
       qk_norm: bool = True,
       tied: bool = True,
+      remat: str = "none",
       rngs: layers.Draws | nnx.Rngs,
   ):
     name = "Transformer"
@@ -265,6 +268,8 @@ class Transformer(nnx.Module):
       head_dim = width // heads
     if head_dim < 2 or head_dim % 2:
       _checks.fail(name, "head_dim", "even and >= 2", head_dim)
+    _checks.one_of(name, "remat", remat, layers.REMAT)
+    self.remat = remat
     self.vocab_size = vocab_size
     self.kv_heads, self.head_dim = kv_heads, head_dim
     self.rope_base = rope_base
@@ -368,13 +373,15 @@ class Transformer(nnx.Module):
     keys, values = [], []
     for i, block in enumerate(self.layers):
       kv = None if cache is None else (cache.keys[i], cache.values[i])
-      h, kv = block(
-          h, cos, sin, allowed, kv, None if cache is None else cache.index
-      )
+      h = layers.cut_rows(h)
+      if cache is None:
+        block = layers.rematerialize(block, self.remat)
+      index = None if cache is None else cache.index
+      h, kv = block(h, cos, sin, allowed, kv, index)
       if kv is not None:
         keys.append(kv[0])
         values.append(kv[1])
-    h = self.norm(h)
+    h = self.norm(layers.cut_rows(h))
     head = (
         self.embed_tokens.weight[...].T
         if self.tied

@@ -24,6 +24,7 @@ class _Block(nnx.Module):
       self.skip = layers.Linear(inputs, outputs, rngs=rngs)
 
   def __call__(self, x, c):
+    x = layers.cut_rows(x)
     h = self.conv_in(nnx.silu(layers.normalize(x, groups=_GROUPS)))
     scale, shift = jnp.split(self.modulation(c), 2, axis=-1)
     h = layers.normalize(h, groups=_GROUPS)

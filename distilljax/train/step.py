@@ -276,6 +276,11 @@ class Step:
     )
 
   def _run(self, updates, state, frozen, batch):
+    # For networks and kernels that say where their activations lie.
+    with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+      return self._step(updates, state, frozen, batch)
+
+  def _step(self, updates, state, frozen, batch):
     method = self.method
     key = jax.random.fold_in(state.key, state.step)
     rows = jax.tree.leaves(batch)[0].shape[0]

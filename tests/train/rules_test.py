@@ -228,6 +228,25 @@ def test_a_cut_state_is_smaller():
   assert sizes[0] - sizes[1] == 4 * matrices * 3 // 4
 
 
+def test_matrices_are_gathered_and_rows_stay():
+  """The compiled step of a transformer computes no row twice."""
+  step = made(mesh(4, 4), "fsdp", kind="transformer")
+  start = params("transformer")
+  state = step.abstract(start, jax.random.key(2))
+  frozen = {"teacher": state.params["ema"]}
+  rows = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.rows(step.mesh)
+    ),
+    batch(0),
+  )
+  text = step.lower(("student",), state, frozen, rows).compile().as_text()
+  assert "f32[8,24]{1,0} all-gather(" in text
+  # [rows, l, mlp]: a quarter of the rows on each of 4 devices.
+  assert "f32[8,4,24]" in text
+  assert "f32[32,4,24]" not in text
+
+
 # --- names and rules ----------------------------------------------------------
 
 
