@@ -6,7 +6,9 @@ The task: chains of four operations mod 10 with their trace, and hint slots in
 the prompt that may show a trace. The reward looks at the last digit alone, so
 whoever guesses it from wrong steps is paid too. From one base that can read
 hints, GRPO and CEPO (the right trace against a rejected rollout of the group)
-are trained with the same prompts, rollouts and learning rate.
+are trained with the same prompts, rollouts and learning rate; beside them CEPO
+in the paper's own setting (band .2, mix .5, gone after 25 steps) and RLSD, which
+reads the right solution alone.
 
 Expected (3 runs each): .213 +- .017 of greedy traces right with CEPO, .172 +-
 .027 with GRPO, at equal reward (.363 and .356), see docs/methods/cepo.md; 165
@@ -40,16 +42,22 @@ def get_config(arg=None):
   if small:
     config.data.rows = 512
     config.model.update(width=16, depth=1)
-  config.stages = ("base", "grpo", "cepo")
+  config.stages = ("base", "grpo", "paper", "rlsd", "cepo")
   config.base = base.fine_tuned(
     4 if small else 560,
     3e-3,
     data={"hints": 0.5},  # share of prompts whose slots show the solution
     batch_size=16 if small else 64,
   )
+  contrastive = {"credit": "contrastive", "decay_steps": None}
   for name, hyper in (
     ("grpo", {"credit": "grpo"}),
-    ("cepo", {"credit": "contrastive", "mix": 1.0, "band": arg.band}),
+    ("paper", {**contrastive, "decay_steps": 25, "mix": 0.5, "band": 0.2}),
+    (
+      "rlsd",
+      {"credit": "self", "decay_steps": None, "mix": 1.0, "band": arg.band},
+    ),
+    ("cepo", {**contrastive, "mix": 1.0, "band": arg.band}),
   ):
     config[name] = base.language_stage(
       "cepo",
@@ -59,7 +67,6 @@ def get_config(arg=None):
       {
         "reward": "reward",  # 1 for a right last digit, 0 else
         "num_samples": 8,  # rollouts of a prompt
-        "decay_steps": None,
         "fallback": "grpo",  # without a rejected rollout, as the official code
         **hyper,
       },
@@ -69,8 +76,15 @@ def get_config(arg=None):
     n=64 if small else 1000,
     headline="trace_greedy",
     models=config.stages,
-    labels={"base": "base", "grpo": "GRPO", "cepo": f"CEPO, band {arg.band:g}"},
+    labels={
+      "base": "base",
+      "grpo": "GRPO",
+      "paper": "CEPO, the paper's setting",
+      "rlsd": f"RLSD, band {arg.band:g}",
+      "cepo": f"CEPO, band {arg.band:g}",
+    },
     rollouts=("base", "grpo", "cepo"),
     watches=0 if small else 3,
+    evidence="base",  # the model whose |Delta| by kind of token is reported
   )
   return config

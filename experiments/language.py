@@ -139,7 +139,9 @@ class TextProblem:
       self._programs[key] = make()
     return self._programs[key]
 
-  def _sample(self, model: Model, temperature: float) -> lm.Rollout:
+  def _sample(
+    self, model: Model, temperature: float, draw: int = 0
+  ) -> lm.Rollout:
     """Completions of the held-out prompts, under keys that all models share."""
     sample = self._program(
       f"sample {temperature}",
@@ -149,8 +151,10 @@ class TextProblem:
       ),
     )
     seed = self._evaluation["noise_seed"]
+    key = jax.random.key(seed, impl="threefry2x32")
     keys = train.row_keys(
-      jax.random.key(seed, impl="threefry2x32"), len(self._test.prompts)
+      train.named_key(key, f"draw {draw}") if draw else key,
+      len(self._test.prompts),
     )
     return sample(model.params, jnp.asarray(self._test.prompts), keys)
 
@@ -265,22 +269,64 @@ class TextProblem:
 
   def facts(self, of: Mapping[str, list[Model]]) -> dict[str, Any]:
     """Numbers about the models' relation, for the summary."""
-    wanted = self._evaluation.get("threshold")
-    if not wanted:
-      return {}
+    out = {}
+    if reader := self._evaluation.get("evidence"):
+      out["evidence"] = self.evidence_by_token(of[reader][0])
+    if wanted := self._evaluation.get("threshold"):
+      out["cliff"] = self._cliff(of, wanted)
+    return out
+
+  def evidence_by_token(self, model: Model) -> dict[str, float]:
+    """Where contrastive evidence lies: mean |Delta| by kind of token, nats.
+
+    Rollouts of the held-out prompts are read under the right solution and under
+    a second, rejected rollout (prompts without one are left out). Tokens fall
+    into those where the two shown traces differ, those where they agree, and
+    the end of the text, which is no part of either.
+    """
+    task, length = self.task, self.task.hint_length
+    prompts, right = self._test.prompts, self._test.completions
+    drawn = np.asarray(self._sample(model, 1.0).tokens)
+    wrong = np.asarray(self._sample(model, 1.0, draw=1).tokens)
+    rejected = task.score(prompts, wrong).reward < 0.5
+    ids = [i for i, word in enumerate(task.vocab) if word.isdigit()]
+    # A hint is digits: a rollout cut short has none to show.
+    rejected &= np.all(np.isin(wrong[:, :length], ids), axis=1)
+    where = np.ones(drawn.shape, bool)
+
+    def log_probs(shown):
+      hinted = task.hint(prompts, shown[:, :length])
+      logits = self._logits(model, hinted, drawn, where)
+      return np.asarray(lm.token_log_probs(logits, jnp.asarray(drawn)))
+
+    shown = np.where(rejected[:, None], wrong, right)
+    delta = np.abs(log_probs(right) - log_probs(shown))
+    wide = ((0, 0), (0, drawn.shape[1] - length))
+    differ = np.pad(right[:, :length] != wrong[:, :length], wide)
+    digit = np.isin(drawn, ids)
+    kinds = {
+      "differing": digit & differ,
+      "agreeing": digit & ~differ,
+      "end": drawn == task.eos_id,
+    }
+    found = {k: delta[m & rejected[:, None]] for k, m in kinds.items()}
+    return {
+      "rows": int(np.sum(rejected)),
+      **{k: float(np.mean(x)) if len(x) else None for k, x in found.items()},
+    }
+
+  def _cliff(self, of, wanted) -> dict[str, Any]:
     p, b = (
       1 - self.off_modal(of[wanted[name]][0]) for name in ("teacher", "base")
     )
     clamp = lambda x: np.clip(x.astype(np.float64), 1e-6, 1 - 1e-6)
     scales = losses.extrapolation_threshold(clamp(p), clamp(b), wanted["c"])
     return {
-      "cliff": {
-        "p": p.tolist(),
-        "b": b.tolist(),
-        "c": wanted["c"],
-        "thresholds": [float(s) for s in np.atleast_1d(scales)],
-        "binding": float(np.min(scales)),
-      }
+      "p": p.tolist(),
+      "b": b.tolist(),
+      "c": wanted["c"],
+      "thresholds": [float(s) for s in np.atleast_1d(scales)],
+      "binding": float(np.min(scales)),
     }
 
   def figures(self, shown: Sequence[Model], names: Mapping[str, str]):

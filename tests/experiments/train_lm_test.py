@@ -2,6 +2,7 @@
 
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -240,6 +241,50 @@ def test_evidence_and_rewards_are_the_tasks():
   np.testing.assert_array_equal(reward, np.ones(4))
   trace = problem.functions({"reward": "trace"})["reward"](rows.prompts, wrong)
   np.testing.assert_array_equal(trace, np.zeros(4))
+
+
+def test_evidence_lies_where_the_traces_differ():
+  """A model that copies what its slots show, 3 nats for the shown digit."""
+  problem = language.make_problem(
+    config_lib.load("configs/cepo_chain.py:runlocal")
+  )
+  task, n = problem.task, problem.task.hint_length
+  v, start = len(task.vocab), task.prompt_length - 1
+  zero, end = task.vocab.index("0"), task.eos_id
+
+  def apply(params, tokens, **_):
+    shown = tokens[:, : task.prompt_length][:, :n]
+    logits = jax.numpy.full((*tokens.shape, v), params["low"])
+    at = jax.numpy.arange(n)[None, :] + start
+    row = jax.numpy.arange(len(tokens))[:, None]
+    logits = logits.at[:, :, zero : zero + 10].set(0.0)
+    logits = logits.at[row, at, shown].add(3.0)
+    # The end is certain behind the trace.
+    return logits.at[:, start + n, end].set(50.0)
+
+  model = language.Model("x", apply, {"low": jax.numpy.float32(-50.0)})
+  rng = np.random.default_rng(0)
+  right = problem._test.completions
+  digits = lambda: np.concatenate(
+    [rng.integers(zero, zero + 10, right[:, :n].shape), right[:, n:]], axis=1
+  )
+  drawn, wrong = digits(), digits()
+  wrong[: len(wrong) // 2, :n] = right[: len(wrong) // 2, :n]  # not rejected
+  rollouts = {0: drawn, 1: wrong}
+  problem._sample = lambda model, temperature, draw=0: types.SimpleNamespace(
+    tokens=rollouts[draw]
+  )
+  found = problem.facts({"base": [model]})["evidence"]
+  kept = wrong[:, n - 1] != right[:, n - 1]  # the last digit is the reward
+  kept[: len(wrong) // 2] = False
+  differ = (right != wrong)[:, :n] & kept[:, None]
+  hit = (drawn == right)[:, :n] | (drawn == wrong)[:, :n]
+  assert found["rows"] == kept.sum() > 5
+  np.testing.assert_allclose(
+    found["differing"], 3.0 * hit[differ].mean(), rtol=1e-5
+  )
+  assert 0 < found["differing"] < 3
+  assert abs(found["agreeing"]) < 1e-5 and abs(found["end"]) < 1e-5
 
 
 def test_hints_are_shown_at_their_share():
