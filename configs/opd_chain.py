@@ -9,9 +9,9 @@ right trace), and students of half the width start from one warm model
 (forward KL on the teacher's samples): `kd` goes on that way, `kd_ce` learns the
 teacher's samples alone, `opd` its own samples by reverse KL.
 
-Expected (3 students each): .509 +- .023 of sampled answers right on-policy,
-.426 +- .023 supervised, .394 +- .031 from the teacher's tokens, teacher .472,
-base .388; more in docs/methods/gopd.md. 220 CPU seconds.
+Expected (3 students each): .522 +- .009 of sampled answers right on-policy,
+.441 +- .017 supervised, .427 +- .024 from the teacher's tokens, teacher .479,
+base .382; more in docs/methods/gopd.md. 240 CPU seconds.
 
 Arguments: runlocal (seconds, for CI), seed=<int>, seeds=<int>.
 """
