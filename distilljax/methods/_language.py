@@ -61,6 +61,12 @@ def implementation_of(
   return given or ("plain" if why else "fused")
 
 
+def _vocabulary_axis(head: kernels.Head) -> str | None:
+  """Mesh axis that the step's rules cut vocabularies over, if it divides it."""
+  size = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+  return "tensor" if size > 1 and head.vocabulary % size == 0 else None
+
+
 def divergence(
   implementation: str,
   apply_fns: Mapping[str, Callable[..., Any]],
@@ -110,8 +116,14 @@ def divergence(
 
   if "reference" in apply_fns:
     options["reference"] = seen("reference")
+  hidden, head = seen("student")
   found = kernels.linear_token_statistics(
-    *seen("student"), seen("teacher"), kind=kind, **options
+    hidden,
+    head,
+    seen("teacher"),
+    kind=kind,
+    axis_name=_vocabulary_axis(head),
+    **options,
   )
   shaped = lambda a: a.reshape(where.shape)
   return shaped(found.loss), _metrics(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from distilljax import kernels, methods, models, oracles, train
@@ -23,31 +24,27 @@ def table(params, tokens, *, where=None, features=False):
   """Vectors by token under an output head: a language model in three lines."""
   del where
   hidden = jnp.take(params["table"], tokens, axis=0)
-  head = params["head"]
-  logits = hidden @ (head.T if head.shape[0] == V else head)
+  logits = hidden @ (params["head"] if "head" in params else params["tied"].T)
   # What a head adds is not in the matrix product.
   logits = 2.0 * (logits + params["bias"].reshape(1, 1, -1))
   return (logits, hidden) if features else logits
 
 
 def table_head(params):
-  head = params["head"]
+  tied = "tied" in params
   return kernels.Head(
-    head, params["bias"], scale=2.0, tied=head.shape[0] == V
+    params["tied" if tied else "head"], params["bias"], scale=2.0, tied=tied
   )
 
 
 table.linear_head = table_head
 
 
-def table_params(seed, width, tied):
+def table_params(seed, width, tied, v=V):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  return {
-    "table": draw(V, width),
-    "head": draw(V, width) if tied else draw(width, V),
-    "bias": draw(V),
-  }
+  head = {"tied": draw(v, width)} if tied else {"head": draw(width, v)}
+  return {"table": draw(V, width), "bias": draw(v), **head}
 
 
 PARAMS = {
@@ -106,7 +103,7 @@ def test_fused_and_plain_are_one_loss(case):
       np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
   for a, b in zip(*map(jax.tree.leaves, (slopes, expected)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-  assert np.any(slopes["student"]["head"])
+  assert np.any(slopes["student"]["tied"])
   assert not any(map(np.any, jax.tree.leaves(slopes["teacher"])))
 
 
@@ -174,6 +171,42 @@ def test_what_needs_logits_says_so():
   gopd(nets(table), loss_top_k=2)
   gopd(nets(table), form="sampled")
   supervised(nets(table), objective="cross_entropy")
+
+
+def test_a_step_with_its_heads_cut_is_the_whole_step():
+  """By rules alone; no device ever holds a whole head, its gradient or rows."""
+  v, widths = 96, {"student": 16, "teacher": 24, "reference": 20}
+  params = {
+    k: table_params(i, width, k == "student", v)
+    for i, (k, width) in enumerate(widths.items())
+  }
+  frozen = {k: params[k] for k in ("teacher", "reference")}
+  method = methods.get("gopd").make(nets(table))
+  rows = markov.batch(8)
+  optimizer = optax.sgd(0.1)  # Adam would make much of a small gradient
+
+  def run(mesh, rules):
+    step = train.make_step(
+      method, {"student": optimizer}, mesh, rules,
+      axes=[("tied", ("vocab", None)), ("head", (None, "vocab"))],
+    )
+    state = step.init({"student": params["student"]}, jax.random.key(3))
+    batch = train.put_rows(jax.tree.map(np.asarray, rows), mesh)
+    placed = step.place(frozen)
+    program = step.lower(("student",), state, placed, batch).compile()
+    for _ in range(2):
+      state, metrics = program(state, placed, batch)
+    return state.params["student"], metrics, program.as_text()
+
+  whole, expected, held = run(train.make_mesh(jax.devices()[:1]), "dp")
+  mesh = train.make_mesh(jax.devices()[:4], fsdp=1, tensor=2)
+  cut, metrics, text = run(mesh, "fsdp+tensor")
+  assert cut["tied"].sharding.spec[0] == "tensor"
+  for a, b in zip(*map(jax.tree.leaves, ((cut, metrics), (whole, expected)))):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+  for width in widths.values():
+    assert f"[{v},{width}]" not in text and f"[{width},{v}]" not in text
+  assert f"[24,{v}]" in held and f"[24,{v // 2}]" in text
 
 
 @pytest.mark.slow

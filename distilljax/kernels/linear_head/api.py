@@ -33,10 +33,10 @@ Kind = Literal[
   "sparse_reverse_kl",
 ]
 Tail = Literal["bucket", "renormalize", "drop"]
-# Columns of a chunk: three float32 arrays [n, chunk] are what a pass holds.
-CHUNK = 4096
-# A chunk should stay in a CPU's cache.
-CPU_CHUNK = 2048
+# Columns of a chunk without and with a reference: a pass holds a float32 array
+# [n, chunk] a model, which on a CPU should stay in the cache.
+CHUNKS = (4096, 2816)
+CPU_CHUNKS = (2048, 1024)
 
 
 class Head(NamedTuple):
@@ -489,7 +489,8 @@ def _plan(
     outputs.add("loss")
   chunk = chunk_size
   if chunk is None:
-    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
+    cpu = jax.default_backend() == "cpu"
+    chunk = (CPU_CHUNKS if cpu else CHUNKS)["reference" in sizes]
   order = ("loss", "lse", "entropy", "picks", "tempered", "rest")
   spec = xla.Spec(
     inputs=tuple(sorted(inputs)),
@@ -627,8 +628,10 @@ def linear_divergence(
     axis_name: mesh axis over which all heads (and logits) are cut by their
       vocabulary; hidden states are whole. Inside shard_map give the local
       parts; outside of it the function maps itself over the mesh of
-      `jax.set_mesh`. Collectives are of per-token statistics only.
-    chunk_size: columns of a chunk; None is 4096, on CPU 2048.
+      `jax.set_mesh`, or of the train step that it is traced in. Collectives
+      are of per-token statistics only.
+    chunk_size: columns of a chunk; None is 4096 (2816 where there is a
+      reference), on CPU 2048 (1024).
     implementation: "xla"; None chooses.
 
   Returns:
