@@ -37,6 +37,7 @@ from distilljax.train.optimizers import (
     make_optimizer,
     make_schedule,
 )
+from distilljax.train.pmap import PmapStep, make_pmap_step
 from distilljax.train.sharding import make_mesh, map_rows, put_rows, row_shard
 from distilljax.train.step import State, Step, make_step, map_slices
 
@@ -55,6 +56,7 @@ __all__ = [
     "Mean",
     "Method",
     "Moment",
+    "PmapStep",
     "Progress",
     "RestoreError",
     "Result",
@@ -70,6 +72,7 @@ __all__ = [
     "ema_decay",
     "make_mesh",
     "make_optimizer",
+    "make_pmap_step",
     "make_schedule",
     "make_step",
     "map_rows",

@@ -119,6 +119,7 @@ class Step:
     method: the method.
     mesh: the devices.
     rules: the sharding rule of every network by name.
+    accumulation: micro-batches a step.
     jitted: the program of the last call, None before the first: `jitted(
       updates, state, frozen, batch)`.
   """
@@ -131,8 +132,8 @@ class Step:
     self._shapes = None
     self._optimizers = optimizers
     self._axes = options["axes"]
-    self._accumulation = options["accumulation"]
-    self._unit = sharding.row_parts(mesh) * self._accumulation
+    self.accumulation = options["accumulation"]
+    self._unit = sharding.row_parts(mesh) * self.accumulation
     self._unroll = options["unroll"]
     self._dtype = options["compute_dtype"]
     self._frozen_dtype = options["frozen_dtype"]
@@ -165,7 +166,7 @@ class Step:
       "step",
       "batch",
       f"of rows divisible by devices {parts} x accumulation"
-      f" {self._accumulation} = {self._unit}",
+      f" {self.accumulation} = {self._unit}",
       f"{rows}; nearest: {sharding.nearest_multiple(rows, self._unit)}",
     )
 
@@ -256,7 +257,7 @@ class Step:
     on_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     self.jitted = jax.jit(
-      self._run,
+      self.traced,
       static_argnums=0,
       donate_argnums=1,
       in_shardings=(places, self._network_places(frozen), rows),
@@ -275,7 +276,8 @@ class Step:
       skipped={n: jnp.zeros(2, jnp.int32) for n in trained},
     )
 
-  def _run(self, updates, state, frozen, batch):
+  def traced(self, updates, state, frozen, batch):
+    """The step as a plain function, to be traced inside another program."""
     # For networks and kernels that say where their activations lie.
     with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
       return self._step(updates, state, frozen, batch)
@@ -380,7 +382,7 @@ class Step:
 
     def accumulate(fn, rows=batch):
       """Sum over micro-batches of the pytree `fn(micro-batch)`."""
-      parts = self._accumulation
+      parts = self.accumulation
       if parts == 1:
         return fn(rows)
       if self._unroll:
@@ -408,7 +410,7 @@ class Step:
         evaluate, tree, batch, context, accumulate
       )
       return grads, dict(extra), jnp.float32(0)
-    if self._accumulation == 1:
+    if self.accumulation == 1:
       # One pass: the counts are those of the only micro-batch.
       def whole(tree):
         terms, extra = evaluate(tree, batch)
