@@ -10,11 +10,11 @@ are trained with the same prompts, rollouts and learning rate; beside them CEPO
 in the paper's own setting (band .2, mix .5, gone after 25 steps) and RLSD, which
 reads the right solution alone.
 
-Expected (3 runs each): .213 +- .017 of greedy traces right with CEPO, .172 +-
-.027 with GRPO, at equal reward (.363 and .356), see docs/methods/cepo.md; 165
-CPU seconds. The paper's own setting (band .2, mix .5, decayed) moves advantages
-by a tenth at most, which is below the noise of this scale: mix 1, no decay
-here.
+Expected (3 runs each): .204 +- .006 of greedy traces right with CEPO, .171 +-
+.013 with GRPO, .182 in the paper's setting and .219 with RLSD, at equal reward
+(.346, .342, .350, .354), see docs/methods/cepo.md; 310 CPU seconds. The paper's
+setting moves advantages by a tenth at most, below the noise of this scale; the
+others have mix 1 and no decay.
 
 Arguments: runlocal (seconds, for CI), seed=<int>, seeds=<int>, band=<float>.
 """

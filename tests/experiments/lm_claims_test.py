@@ -88,7 +88,10 @@ def test_on_policy_beats_supervised_at_a_capacity_gap(summary_of):
 
 
 def test_contrastive_credit_keeps_traces(summary_of):
-  """3 runs: more right traces than GRPO at equal reward (measured +.041)."""
+  """3 runs: more right traces than GRPO at equal reward (measured +.033, +.041).
+
+  And the evidence lies where right and wrong differ (measured 6.1, .15, .011).
+  """
   summary = summary_of("cepo_chain.py")
   traces = [
     values(summary, m, "trace_greedy").mean()
@@ -99,6 +102,9 @@ def test_contrastive_credit_keeps_traces(summary_of):
   ]
   assert traces[1] > traces[0] + 0.02
   assert rewards[1] > rewards[0] - 0.02
+  evidence = summary["evidence"]
+  assert evidence["rows"] > 300 and evidence["differing"] > 1
+  assert evidence["agreeing"] < 0.5 and evidence["end"] < 0.05
 
 
 def test_extrapolation_passes_the_teacher_on_lists(summary_of):
