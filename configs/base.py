@@ -24,6 +24,11 @@ def base(title: str, data: str, batch_size: int) -> ml_collections.ConfigDict:
     "checkpoint_every": 500,  # steps between checkpoints
     "keep": 2,  # checkpoints kept a stage
     "max_skips_in_a_row": 20,  # non-finite updates before a run stops
+    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
+    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
+    "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
+    "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
+    "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
   }
   config.evaluation = {
     "n": 2000,  # samples a score
@@ -256,6 +261,11 @@ def language(
     "checkpoint_every": 1000,  # steps between checkpoints
     "keep": 1,  # checkpoints kept a stage
     "max_skips_in_a_row": 20,  # non-finite updates before a run stops
+    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
+    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
+    "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
+    "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
+    "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
   }
   config.evaluation = {
     "n": 1000,  # held-out prompts, one completion each

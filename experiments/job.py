@@ -9,10 +9,11 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distilljax import methods, models, processes, train
@@ -57,19 +58,22 @@ class Job(NamedTuple):
 
 
 def build(
-  config: Any, log: Callable[[str], None] = print, devices: int | None = None
+  config: Any,
+  log: Callable[[str], None] = print,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
   """Checks a config and makes its stages; nothing is trained.
 
   Args:
     config: a config of `configs/`.
     log: gets one line for everything a person should know.
-    devices: that the batch must divide over; None is all of them.
+    mesh: that the batch must divide over; None is that of the config.
 
   Raises:
     ValueError: one line for the first thing that cannot be.
   """
-  devices = jax.device_count() if devices is None else devices
+  mesh = make_mesh(config.run) if mesh is None else mesh
+  devices = train.row_parts(mesh)
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
   name = config.data.name
   problem_class = (
@@ -173,14 +177,34 @@ def make_optimizers(
   return optimizers
 
 
+def step_options(block: Any, run: Any, method: train.Method) -> dict[str, Any]:
+  """What a config says about a stage's train step."""
+  dtypes = {"float32": None, "bfloat16": jnp.bfloat16}
+  out = {
+    "accumulation": block.get("accumulation") or 1,
+    "rules": rules_for(run, method.networks),
+  }
+  for field in ("compute_dtype", "frozen_dtype"):
+    name = run.get(field) or "float32"
+    if name not in dtypes:
+      raise ValueError(
+        f"config: run.{field} must be one of {sorted(dtypes)}, got {name!r}"
+      )
+    out[field] = dtypes[name]
+  return out
+
+
 def rows_of(block: Any, config: Any, name: str, devices: int) -> int:
   """Batch size of a stage; one line if it does not divide over devices."""
   batch_size = block.get("batch_size") or config.data.batch_size
-  nearest = max(1, round(batch_size / devices)) * devices
-  if batch_size % devices:
+  accumulation = block.get("accumulation") or 1
+  unit = devices * accumulation
+  nearest = max(1, round(batch_size / unit)) * unit
+  if batch_size % unit:
+    times = f" x accumulation {accumulation}" if accumulation > 1 else ""
     raise ValueError(
-      f"config: {name}: batch size must be divisible by {devices} devices,"
-      f" got {batch_size}; nearest: {nearest}"
+      f"config: {name}: batch size must be divisible by {devices} devices"
+      f"{times}, got {batch_size}; nearest: {nearest}"
     )
   return batch_size
 
@@ -232,7 +256,7 @@ def _stage(config, problem, name, earlier, devices) -> train.Stage:
     ),
     steps=block.steps,
     init=init,
-    options={"accumulation": block.get("accumulation") or 1},
+    options=step_options(block, config.run, method),
   )
 
 
@@ -272,7 +296,7 @@ class _Watch:
   def __call__(self, moment):
     if moment.stage.name != self.stage.name:
       return None
-    params = {**moment.frozen, **moment.state.params}
+    params = gathered({**moment.frozen, **moment.state.params})
     x = sample(
       self.stage.method,
       params,
@@ -280,8 +304,9 @@ class _Watch:
       steps=self.steps,
       batch=self.batch,
     )
-    self.folder.mkdir(exist_ok=True)
-    np.save(self.folder / f"{self.stage.name}_{moment.step:07d}.npy", x[:40])
+    if jax.process_index() == 0:
+      self.folder.mkdir(exist_ok=True)
+      np.save(self.folder / f"{self.stage.name}_{moment.step:07d}.npy", x[:40])
     score = self.job.problem.score(x, self.inputs)[self.headline]
     return {f"eval/{self.headline}_{self.steps}_steps": score}
 
@@ -333,9 +358,10 @@ def train_and_evaluate(
     train.Interrupted: after SIGINT or SIGTERM during training; saved.
   """
   workdir = pathlib.Path(workdir)
-  mesh = train.make_mesh() if mesh is None else mesh
-  job = build(config, log, mesh.size)
-  config_lib.claim_workdir(workdir, config)
+  log = log if jax.process_index() == 0 else silent
+  mesh = make_mesh(config.run) if mesh is None else mesh
+  job = build(config, log, mesh)
+  claim(workdir, config)
   if (done := finished_summary(workdir, log)) is not None:
     return done
   headline = job.problem.headline
@@ -352,6 +378,8 @@ def train_and_evaluate(
   judged = since(before)
   result = run_stages(job, workdir, mesh, [*watches, *hooks], log)
   memory = peak_memory(mesh)
+  # The evaluation is every process's own; the first one writes it down.
+  result = result._replace(params=gathered(result.params))
   before = now()
   scores, rows = _evaluate(job, result, log)
   final = job.stages[-1]
@@ -390,6 +418,47 @@ def train_and_evaluate(
     log=log,
   )
   return summary
+
+
+def silent(line: str) -> None:
+  """The log of every process but the first."""
+  del line
+
+
+def make_mesh(run: Any) -> jax.sharding.Mesh:
+  """The mesh that a config's block `run` asks for, over all devices."""
+  names = set(rule_names(run))
+  fsdp = (run.get("fsdp") or None) if any("fsdp" in n for n in names) else 1
+  tensor = run.get("tensor") or 1
+  return train.make_mesh(fsdp=fsdp, tensor=tensor)
+
+
+def rule_names(run: Any) -> list[str]:
+  """The sharding rules that a block `run` names."""
+  rules = run.get("rules") or "dp"
+  return [rules] if isinstance(rules, str) else list(rules.values())
+
+
+def rules_for(run: Any, networks: Iterable[str]) -> str | dict[str, str]:
+  """The rules of a stage: those of networks that it does not have, left out."""
+  rules = run.get("rules") or "dp"
+  if isinstance(rules, str):
+    return rules
+  return {k: v for k, v in rules.items() if k in networks}
+
+
+def claim(workdir: pathlib.Path, config: Any) -> None:
+  """Takes the folder: the first process writes, then the others look."""
+  if jax.process_index() == 0:
+    config_lib.claim_workdir(workdir, config)
+  train.barrier("claim")
+  if jax.process_index() != 0:
+    config_lib.claim_workdir(workdir, config)
+
+
+def gathered(params: Any) -> Any:
+  """Parameters for programs of one device, where they lie on several."""
+  return train.gather(params) if jax.process_count() > 1 else params
 
 
 def finished_summary(
@@ -438,6 +507,8 @@ def publish(
   log: Callable[[str], None],
 ) -> None:
   """Writes report.html, then summary.json: a run that has it is finished."""
+  if jax.process_index() != 0:
+    return
   page = report.write_report(
     workdir,
     title=job.config.title,

@@ -148,7 +148,7 @@ class _Builder:
       ),
       steps=block.steps,
       init=init,
-      options={"accumulation": block.get("accumulation") or 1},
+      options=job_lib.step_options(block, config.run, method),
     )
 
 
@@ -189,20 +189,23 @@ def _check_settings(name, hyper, networks, problem):
 
 
 def build(
-  config: Any, log: Callable[[str], None] = print, devices: int | None = None
+  config: Any,
+  log: Callable[[str], None] = print,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
   """Checks a config and makes its stages; nothing is trained.
 
   Args:
     config: a config of `configs/`.
     log: unused: nothing here takes long.
-    devices: that the batch must divide over; None is all of them.
+    mesh: that the batch must divide over; None is that of the config.
 
   Raises:
     ValueError: one line for the first thing that cannot be.
   """
   del log
-  devices = jax.device_count() if devices is None else devices
+  mesh = job_lib.make_mesh(config.run) if mesh is None else mesh
+  devices = train.row_parts(mesh)
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
   if config.seeds < 1:
     raise ValueError(f"config: seeds must be >= 1, got {config.seeds}")
@@ -286,10 +289,8 @@ class _Watch:
     if moment.stage.name != self.stage.name:
       return None
     block, replicate = self.job.blocks[self.stage.name]
-    model = Model(
-      block, self.job.networks[block], moment.state.params["student"],
-      replicate,
-    )
+    params = job_lib.gathered(moment.state.params["student"])
+    model = Model(block, self.job.networks[block], params, replicate)
     found = self.job.problem.watched(model)
     return {f"eval/{k}": v for k, v in found.items()}
 
@@ -325,9 +326,10 @@ def train_and_evaluate(
     train.Interrupted: after SIGINT or SIGTERM during training; saved.
   """
   workdir = pathlib.Path(workdir)
-  mesh = train.make_mesh() if mesh is None else mesh
-  job = build(config, log, mesh.size)
-  config_lib.claim_workdir(workdir, config)
+  log = log if jax.process_index() == 0 else job_lib.silent
+  mesh = job_lib.make_mesh(config.run) if mesh is None else mesh
+  job = build(config, log, mesh)
+  job_lib.claim(workdir, config)
   if (done := job_lib.finished_summary(workdir, log)) is not None:
     return done
   evaluation = config.evaluation
@@ -340,7 +342,7 @@ def train_and_evaluate(
   memory = job_lib.peak_memory(mesh)
   before = job_lib.now()
   # The evaluation's programs are for one device, whatever the mesh was.
-  of = _models(job, jax.device_get(result.params))
+  of = _models(job, train.gather(result.params))
   scores = _evaluate(job, of, log)
   final = job.stages[-1]
   summary = {

@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 
@@ -15,6 +15,12 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _DEBUG = flags.DEFINE_bool("debug", False, "check values: NaN, ranges, ids")
+_DISTRIBUTED = flags.DEFINE_enum(
+  "distributed",
+  "auto",
+  ["auto", "on", "off"],
+  "several processes, one run: auto looks for a cluster's environment",
+)
 _CACHE = flags.DEFINE_string(
   "compile_cache",
   None,
@@ -40,6 +46,62 @@ def _stop(message: str, code: int) -> None:
   print(message, file=sys.stderr, flush=True)
   sys.stdout.flush()
   sys.exit(code)
+
+
+# Variables that say that a scheduler has started several processes.
+_SIZES = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_OTHERS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+# A process that does not answer for so long is taken for dead.
+HEARTBEAT_SECONDS = 30
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+  """Whether a scheduler's environment speaks of several processes.
+
+  Args:
+    environment: such as `os.environ`.
+  """
+  if any(environment.get(name) for name in _OTHERS):
+    return True
+  if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    return True
+  # An interactive allocation has tasks but no step that started this process.
+  if "SLURM_NTASKS" in environment and "SLURM_STEP_ID" not in environment:
+    environment = {k: v for k, v in environment.items() if k != "SLURM_NTASKS"}
+  sizes = [environment.get(name, "1") for name in _SIZES]
+  return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def join(mode: str) -> None:
+  """Joins the run's processes, before any device is looked at.
+
+  `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are used
+  where they are set; else JAX finds out from the scheduler.
+
+  Args:
+    mode: "auto", "on" or "off".
+
+  Raises:
+    ValueError: "on", or a cluster was found, but joining it failed.
+  """
+  if mode == "off" or (mode == "auto" and not in_cluster(os.environ)):
+    return
+  import jax
+
+  number = lambda name: int(os.environ[name]) if name in os.environ else None
+  try:
+    jax.distributed.initialize(
+      coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+      num_processes=number("JAX_NUM_PROCESSES"),
+      process_id=number("JAX_PROCESS_ID"),
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+  except (ValueError, RuntimeError) as e:
+    raise ValueError(
+      f"--distributed={mode}: joining the other processes failed"
+      f" ({str(e).splitlines()[0]}); set JAX_COORDINATOR_ADDRESS,"
+      " JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --distributed=off"
+    ) from None
 
 
 def _compile_cache() -> None:
@@ -97,6 +159,7 @@ def main(
   work = importlib.import_module(job)
   try:
     config = config_lib.load(_CONFIG.value, overrides)
+    join(_DISTRIBUTED.value)
     _compile_cache()
     command = " ".join(
       [f"python -m {launcher}", f"--config={_CONFIG.value}"]
@@ -112,6 +175,10 @@ def main(
         jax.config.update("jax_debug_nans", True)
         stack.enter_context(distilljax.debug())
       work.train_and_evaluate(config, _WORKDIR.value, command=command)
+  except train.LostProcess as e:
+    # No clean-up that would wait for the lost one.
+    print(f"error: {e}", file=sys.stderr, flush=True)
+    os._exit(1)
   except train.Interrupted as e:
     _stop(str(e), 0 if e.signum == signal.SIGTERM else 130)
   except (train.SaveError, train.Diverged, ValueError, OSError) as e:

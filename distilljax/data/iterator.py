@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from distilljax import _checks
@@ -184,8 +185,8 @@ def make_iterator(
     shuffle: bool = True,
     augment: Mapping[str, Any] | None = None,
     name: str = "arrays",
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> BatchIterator:
   """Endless batches of rows of arrays in memory.
 
@@ -205,9 +206,9 @@ def make_iterator(
       "x" [n, h, w, c]: mirror left and right with probability 1/2; move by up
       to `shift` pixels each way, the border repeated.
     name: what errors call the source, e.g. "digits/train".
-    process_index: which process this is.
-    process_count: how many there are; each gets its consecutive rows of every
-      batch, batch_size / process_count of them.
+    process_index: which process this is; None asks JAX.
+    process_count: how many there are, None asks JAX; each gets its consecutive
+      rows of every batch, batch_size / process_count of them.
 
   Returns:
     A `BatchIterator` of dicts with the keys of `arrays`.
@@ -225,6 +226,10 @@ def make_iterator(
     True
   """
   fn = "make_iterator"
+  if process_index is None:
+    process_index = jax.process_index()
+  if process_count is None:
+    process_count = jax.process_count()
   mine = _local(fn, batch_size, process_index, process_count)
   _integer(fn, "seed", seed, 0)
   if not arrays:

@@ -1,10 +1,16 @@
 """Train state, step, sharding, checkpoints, loop: written once, paper-free."""
 
-from distilljax.train.checkpoint import Checkpoints, RestoreError, SaveError
+from distilljax.train.checkpoint import (
+    Checkpoints,
+    RestoreError,
+    SaveError,
+    barrier,
+)
 from distilljax.train.hooks import Every, Hook, Moment, Progress
 from distilljax.train.loop import (
     Diverged,
     Interrupted,
+    LostProcess,
     Result,
     Stage,
     params_sha256,
@@ -38,7 +44,14 @@ from distilljax.train.optimizers import (
     make_schedule,
 )
 from distilljax.train.pmap import PmapStep, make_pmap_step
-from distilljax.train.sharding import make_mesh, map_rows, put_rows, row_shard
+from distilljax.train.sharding import (
+    gather,
+    make_mesh,
+    map_rows,
+    put_rows,
+    row_parts,
+    row_shard,
+)
 from distilljax.train.step import State, Step, make_step, map_slices
 
 __all__ = [
@@ -53,6 +66,7 @@ __all__ = [
     "Interrupted",
     "JsonLines",
     "LossFn",
+    "LostProcess",
     "Mean",
     "Method",
     "Moment",
@@ -68,8 +82,10 @@ __all__ = [
     "Step",
     "Totals",
     "Trained",
+    "barrier",
     "draw",
     "ema_decay",
+    "gather",
     "make_mesh",
     "make_optimizer",
     "make_pmap_step",
@@ -83,6 +99,7 @@ __all__ = [
     "params_sha256",
     "put_rows",
     "row_keys",
+    "row_parts",
     "row_shard",
     "run",
     "weighted",

@@ -62,6 +62,19 @@ def _reason(error: BaseException) -> str:
   return text[:200]
 
 
+def barrier(name: str, seconds: int = 600) -> None:
+  """Waits until every process is here; one process does not wait.
+
+  Args:
+    name: of the place.
+    seconds: how long to wait for the others.
+  """
+  if jax.process_count() > 1:
+    from orbax.checkpoint import multihost  # noqa: PLC0415
+
+    multihost.sync_global_processes(f"distilljax/{name}", timeout=seconds)
+
+
 class Checkpoints:
   """The checkpoints of a stage: newest `keep`, each state + host record.
 
@@ -166,7 +179,9 @@ class Checkpoints:
       except Exception as e:  # pylint: disable=broad-exception-caught
         self._abandon()
         aside = self.folder.with_name(f"{self.folder.name}.unreadable-{step}")
-        os.replace(self.folder / str(step), aside)
+        if jax.process_index() == 0:
+          os.replace(self.folder / str(step), aside)
+        barrier(f"aside-{step}")
         self._log(
           f"checkpoint: step {step} in {self.folder} cannot be read"
           f" ({type(e).__name__}), moved to {aside.name}; trying the one"

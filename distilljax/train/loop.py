@@ -75,6 +75,10 @@ class Interrupted(Exception):
     self.signum = signum
 
 
+class LostProcess(RuntimeError):
+  """Another process of the run is gone; what was saved last is intact."""
+
+
 class Diverged(RuntimeError):
   """Too many updates in a row were not finite; the last good state is saved."""
 
@@ -138,6 +142,14 @@ class _Clock:
     ]
 
 
+def _agree(received: int | None) -> int | None:
+  """The signal that any process was sent."""
+  from jax.experimental import multihost_utils  # noqa: PLC0415
+
+  found = multihost_utils.process_allgather(np.int32(received or 0))
+  return int(found.max()) or None
+
+
 def params_sha256(params: Params) -> str:
   """SHA-256 of the arrays' bytes in sorted key order.
 
@@ -157,7 +169,7 @@ def params_sha256(params: Params) -> str:
       for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
 
-  visit(params)
+  visit(sharding.gather(params))
   return digest.hexdigest()
 
 
@@ -182,6 +194,11 @@ def run(
   an uninterrupted one. SIGINT and SIGTERM finish the step, save and raise
   `Interrupted`.
 
+  With several processes (`jax.distributed`) every one calls `run` with its own
+  rows as data, see `row_shard`; process 0 writes metrics and log lines, a
+  signal to any process stops all of them at the next multiple of `log_every`,
+  and processes wait for each other around checkpoints only.
+
   Args:
     stages: what to train, in order.
     workdir: folder of the run.
@@ -200,14 +217,18 @@ def run(
   Raises:
     Interrupted: after a signal, when everything is saved.
     Diverged: too many non-finite updates in a row; the good state is saved.
+    LostProcess: another process is gone, or an exchange with it failed.
     checkpoint.SaveError: a checkpoint could not be written.
   """
   workdir = pathlib.Path(workdir)
+  first = jax.process_index() == 0
+  if not first:
+    log = lambda line: None
   mesh = sharding.make_mesh() if mesh is None else mesh
   names = [s.name for s in stages]
   if len(set(names)) != len(names):
     raise ValueError(f"run: stage names must be distinct, got {names}")
-  lines = metrics_lib.JsonLines(workdir / "metrics.jsonl")
+  lines = metrics_lib.JsonLines(workdir / "metrics.jsonl" if first else None)
   result = Result({}, {}, {}, {}, {})
   root = jax.random.key(seed, impl="threefry2x32")
   with _StopSignals() as stop:
@@ -219,9 +240,21 @@ def run(
         lines.rewind(stage.name, runner.step_number, names[:i])
         if resumed:
           log(f"{stage.name}: resumed at step {runner.step_number}")
-      runner.train(
-        stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
-      )
+      try:
+        runner.train(
+          stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
+        )
+      except jax.errors.JaxRuntimeError as e:
+        if jax.process_count() == 1:
+          raise
+        saved = runner.checkpoints.steps()
+        raise LostProcess(
+          f"stage {stage.name}: process {jax.process_index()} of"
+          f" {jax.process_count()} lost another process at step"
+          f" {runner.step_number} ({str(e).splitlines()[0][:160]}); last"
+          f" checkpoint: {f'step {saved[-1]}' if saved else 'none'}. The same"
+          " command resumes."
+        ) from e
       runner.finish(result)
   return result
 
@@ -249,6 +282,7 @@ class _Runner:
     # one of them until its rendezvous times out and aborts the process.
     devices = mesh.devices.flat
     self.bounded = devices[0].platform == "cpu" and len(devices) > 1
+    self.several = jax.process_count() > 1
     self.folder = workdir / "checkpoints" / stage.name
     self.clock = _Clock()
     self.step_number = 0
@@ -318,9 +352,14 @@ class _Runner:
             lines.write(stage.name, self.step_number, found)
         if self.step_number % checkpoint_every == 0 or last:
           self.save()
-        if stop.received is not None and not last:
+        received = stop.received
+        if self.several:
+          # All of them leave at the same step, whoever was told to.
+          asked = self.step_number % log_every == 0 and not last
+          received = _agree(received) if asked else None
+        if received is not None and not last:
           self.save()
-          raise Interrupted(stage.name, self.step_number, stop.received)
+          raise Interrupted(stage.name, self.step_number, received)
     finally:
       for hook in hooks:
         hook.on_end(moment())

@@ -99,14 +99,16 @@ class JsonLines:
   """`metrics.jsonl`: one object a line, in order, never twice the same step.
 
   Args:
-    path: the file; it is created at the first write.
+    path: the file; it is created at the first write. None writes nothing.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    self._path = pathlib.Path(path)
+  def __init__(self, path: str | os.PathLike | None):
+    self._path = None if path is None else pathlib.Path(path)
 
   def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
     """Appends one line; non-finite numbers are written as null."""
+    if self._path is None:
+      return
     clean = {
       k: (v if not isinstance(v, float) or math.isfinite(v) else None)
       for k, v in values.items()
@@ -122,7 +124,7 @@ class JsonLines:
       step: lines of that stage after this step are dropped.
       earlier: names of the stages before it, whose lines are kept.
     """
-    if not self._path.exists():
+    if self._path is None or not self._path.exists():
       return
     kept = []
     for line in self._path.read_text().splitlines():

@@ -324,6 +324,28 @@ def put_rows(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   }
 
 
+def gather(tree: PyTree) -> PyTree:
+  """Global arrays as NumPy arrays, whole on every process.
+
+  Every process must call it; what is cut over processes is collected.
+
+  Args:
+    tree: pytree of arrays.
+
+  Returns:
+    The tree on the host.
+  """
+
+  def whole(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return x
+    if not x.is_fully_replicated:
+      x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
+    return x.addressable_data(0)
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
 def _own_rows(array: jax.Array) -> np.ndarray:
   """This process's rows of a global array whose leading axis is cut."""
   if jax.process_count() == 1:

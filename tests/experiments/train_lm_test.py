@@ -168,7 +168,7 @@ def test_stages_start_where_they_say():
   config = config_lib.load(CHAIN)
   with config.unlocked():
     config.seeds = 2
-  built = language_job.build(config, devices=1)
+  built = language_job.build(config, mesh=one_device())
   names = [s.name for s in built.stages]
   assert names[:3] == ["base", "teacher", "warm_0"]
   opd = built.stages[names.index("opd_1")]

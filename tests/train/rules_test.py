@@ -210,6 +210,20 @@ def test_each_network_has_a_rule_and_a_frozen_one_a_dtype():
   assert losses != curve
 
 
+def test_a_checkpoint_is_restored_into_another_mesh_and_rule(tmp_path):
+  step = made(mesh(4, 2, 2), CUT)
+  state = step.init(params("block"), jax.random.key(2))
+  train.Checkpoints(tmp_path).save(state, {"a": 1})
+  other = made(mesh(8, 8), "fsdp")
+  abstract = other.abstract(params("block"), jax.random.key(5))
+  restored, host = train.Checkpoints(tmp_path).restore(abstract)
+  assert host == {"a": 1}
+  assert jax.tree.map(lambda x: x.sharding, restored) == other.places(state)
+  assert restored.params["student"]["up"].sharding.spec == P("fsdp")
+  plain = lambda s: jax.device_get(s._replace(key=jax.random.key_data(s.key)))
+  jax.tree.map(np.testing.assert_array_equal, plain(restored), plain(state))
+
+
 def test_an_ema_follows_its_source():
   step = made(mesh(4, 2, 2), {"student": "fsdp"})
   assert step.rules == {"student": "fsdp", "ema": "fsdp", "teacher": "dp"}
