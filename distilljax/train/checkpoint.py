@@ -25,7 +25,13 @@ class RestoreError(ValueError):
 
 def _storable(state: State) -> dict[str, Any]:
   """The state as a dict of arrays: typed keys become their words."""
-  return {**state._asdict(), "key": jax.random.key_data(state.key)}
+  key = state.key
+  if isinstance(key, jax.ShapeDtypeStruct):
+    words = jax.eval_shape(jax.random.key_data, key)
+    words = words.update(sharding=key.sharding)
+  else:
+    words = jax.random.key_data(key)
+  return {**state._asdict(), "key": words}
 
 
 def _state(stored: dict[str, Any]) -> State:

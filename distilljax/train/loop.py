@@ -325,6 +325,7 @@ class _Runner:
     for hook in hooks:
       hook.on_start(moment())
     seen, since = 0, self.clock.working()
+    began, waiting = time.monotonic(), True
     try:
       while self.step_number < stage.steps:
         batch = sharding.put_rows(next(self.data), step.mesh)
@@ -335,8 +336,14 @@ class _Runner:
         self.state, metrics = step(updates, self.state, self.frozen, batch)
         self.step_number += 1
         totals.add(metrics)
-        if self.bounded:
+        if self.bounded or waiting:
           jax.block_until_ready(self.state.step)
+        if waiting:
+          waiting = False
+          self.log(
+            f"{stage.name}: first step after {time.monotonic() - began:.1f} s"
+            f" ({self.clock.read()[2]:.1f} s compiling until now)"
+          )
         last = self.step_number == stage.steps
         if self.step_number % log_every == 0 or last:
           values = totals.flush()

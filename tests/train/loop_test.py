@@ -218,7 +218,7 @@ def test_hooks_progress_and_results(tmp_path):
 
   text = io.StringIO()
   every = []
-  result, _ = run(
+  result, logged = run(
     tmp_path,
     hooks=[
       Note(),
@@ -234,6 +234,10 @@ def test_hooks_progress_and_results(tmp_path):
     ("end", 12),
   ]
   assert every == [5, 10]
+  (first,) = [r for r in logged if "first step after" in r]
+  assert re.fullmatch(
+    r"toy: first step after \d+\.\d s \(\d+\.\d s compiling until now\)", first
+  )
   lines = text.getvalue().splitlines()
   assert len(lines) == 3 and "step 12/12, 0 s left" in lines[-1]
   assert "student/loss=" in lines[0] and "samples/s" in lines[0]
