@@ -7,8 +7,8 @@ trace, so that there is no shortcut to extrapolate); students of the same size
 start at the base and are distilled with G-OPD at reward scales 1, 1.25 and 1.5,
 the base as reference.
 
-Expected (3 students a scale): no gain: .462, .469, .464 of sampled answers
-right, teacher .472, see docs/methods/gopd.md; 160 CPU seconds.
+Expected (3 students a scale): no gain: .473, .473, .477 of sampled answers
+right, teacher .479, see docs/methods/gopd.md; 160 CPU seconds.
 
 Arguments: runlocal (seconds, for CI), seed=<int>, seeds=<int>.
 """
