@@ -353,7 +353,7 @@ class _Runner:
           lines.write(stage.name, self.step_number, values)
           for hook in hooks:
             hook.on_log(moment(values))
-          self._guard(max_skips)
+          self._guard(max_skips, updates, batch)
         for hook in hooks:
           if found := hook.on_step(moment()):
             lines.write(stage.name, self.step_number, found)
@@ -380,14 +380,23 @@ class _Runner:
       Context(self.state.step, key, updates, self.state.carry),
     )
 
-  def _guard(self, max_skips: int) -> None:
+  def _guard(self, max_skips: int, updates, batch) -> None:
     for name, count in jax.device_get(self.state.skipped).items():
       if count[1] > max_skips:
         self.save()
+        rows = None
+        if name in updates:
+          rows = self.step.not_finite(name, self.state, self.frozen, batch)
+        where = ""
+        if rows:
+          more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+          where = f"; in the last batch by rows {rows[:8]}{more}"
+        elif rows is not None:
+          where = "; in the last batch by no single row"
         raise Diverged(
           f"stage {self.stage.name}: {count[1]} updates in a row of"
           f" {name!r} had a loss or gradient that is not finite (limit"
-          f" {max_skips}); the last good state is saved at step"
+          f" {max_skips}){where}; the last good state is saved at step"
           f" {self.step_number} in {self.folder}"
         )
 

@@ -116,7 +116,14 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:
-  """Number of parts that the rows of a batch are cut in."""
+  """Number of parts that the rows of a batch are cut in.
+
+  Args:
+    mesh: the mesh.
+
+  Returns:
+    The product of its axes `data` and `fsdp`.
+  """
   return math.prod(mesh.shape.get(a, 1) for a in ("data", "fsdp"))
 
 

@@ -239,6 +239,61 @@ class Step:
       skipped=jax.tree.map(lambda _: whole, state.skipped),
     )
 
+  def not_finite(
+    self,
+    name: str,
+    state: State,
+    frozen: Mapping[str, Params],
+    batch: Mapping[str, Array],
+  ) -> list[int] | None:
+    """Rows whose own loss or gradient is not finite: why an update was skipped.
+
+    Rows are tried one by one with the keys of the step that is done, which
+    takes a while: for a run that stops.
+
+    Args:
+      name: the network whose update was skipped.
+      state: the state after that step.
+      frozen: frozen networks.
+      batch: that step's batch.
+
+    Returns:
+      Row numbers, or None where rows cannot be told apart (a method with
+      `prepare`, gradients of its own or coupled rows; several processes).
+    """
+    method = self.method
+    if method.prepare or method.gradients or method.couples_rows:
+      return None
+    if jax.process_count() > 1:
+      return None
+    step = state.step - 1
+    key = jax.random.fold_in(state.key, step)
+    updates = method.schedule.updates(int(step))
+    context = method_lib.Context(step, key, updates, state.carry)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    rows = {**batch, "key": method_lib.row_keys(key, count)}
+
+    def finite(params, rows, context, i):
+      part = jax.tree.map(lambda x: x[i][None], rows)
+      context = method_lib.Context(*context[:2], updates, context[2])
+
+      def total(tree):
+        cast = {
+          k: _cast(v, self._dtype) for k, v in {**params, name: tree}.items()
+        }
+        terms, _ = method.losses[name](cast, part, context)
+        return sum(t.sum / jnp.maximum(t.count, 1) for t in terms.values())
+
+      value, grads = jax.value_and_grad(total)(params[name])
+      return jnp.isfinite(value) & _all_finite(grads)
+
+    one = jax.jit(finite)
+    params = {**frozen, **state.params}
+    given = (context.step, context.key, context.carry)
+    return [
+      i for i in range(count) if not one(params, rows, given, jnp.int32(i))
+    ]
+
   def _network_places(self, params):
     return {
       n: sharding.shardings(n, p, self.rules[n], self.mesh, self._axes)
