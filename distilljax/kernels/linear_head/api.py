@@ -35,7 +35,7 @@ Kind = Literal[
 Tail = Literal["bucket", "renormalize", "drop"]
 # Columns of a chunk without and with a reference: a pass holds a float32 array
 # [n, chunk] a model, which on a CPU should stay in the cache.
-CHUNKS = (4096, 2816)
+CHUNKS = (4096, 2048)
 CPU_CHUNKS = (2048, 1024)
 
 
@@ -630,7 +630,7 @@ def linear_divergence(
       parts; outside of it the function maps itself over the mesh of
       `jax.set_mesh`, or of the train step that it is traced in. Collectives
       are of per-token statistics only.
-    chunk_size: columns of a chunk; None is 4096 (2816 where there is a
+    chunk_size: columns of a chunk; None is 4096 (2048 where there is a
       reference), on CPU 2048 (1024).
     implementation: "xla"; None chooses.
 
