@@ -30,8 +30,11 @@ from typing import Any
 from distilljax.kernels.jvp_attention import tpu_bounds
 
 LOW = "bfloat16"
-# Names of kernels; those of `backward` and `second` are compiled in pairs.
-KERNELS = ("forward", "jax", "fused", "fused_q", "tangent", "backward")
+# Names of kernels; a backward is compiled as a pair, rows and columns.
+KERNELS = (
+    "forward", "jax", "fused", "fused_q", "tangent", "backward",
+    "second_backward",
+)  # fmt: skip
 UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 SPILLS, FILLS = "VSTORE:SPILL", "VLOAD:FILL"
 ENVIRONMENT = {
@@ -72,6 +75,10 @@ def operands(
       "fused_q": (after(pallas_tpu.fused, "q"), [*x, q]),
       "tangent": (after(pallas_tpu.tangent, "qkv"), [*x, q, rows, *x]),
       "backward": (after(pallas_tpu.backward, "qkv"), [*x, q, rows, q, rows]),
+      "second_backward": (
+          after(pallas_tpu.second_backward, "qkv", "qkv"),
+          [*x, q, rows, *x, q, rows],
+      ),
   }[kernel]
 
 
@@ -125,7 +132,8 @@ def compile_one(
   )
   mesh = Mesh(np.asarray(described.devices[:1]), ("x",))
   sharding = NamedSharding(mesh, PartitionSpec())
-  tile = tile or pallas_tpu.tile(width, 2)
+  sizes = pallas_tpu.tile(width, 2, causal=causal)
+  tile = tile or (sizes.rows, sizes.columns)
   if kernel == "jax":
     fn = _flash(tile, width, causal)
     sizes = [((1, 4, length, width), LOW)] * 3

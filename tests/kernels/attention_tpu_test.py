@@ -28,8 +28,9 @@ CASES = {
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  """Blocks of 128 rows and 128 columns."""
-  monkeypatch.setattr(pallas_tpu, "TILES", dict.fromkeys((64, 128), (128, 128)))
+  """Blocks of 128 rows and 256 columns, parts of 128 columns."""
+  tile = pallas_tpu.Tile(128, 256, 128, 128)
+  monkeypatch.setattr(pallas_tpu, "TILES", dict.fromkeys((64, 128), tile))
 
 
 @pytest.fixture
@@ -108,8 +109,77 @@ def test_kernels_against_the_oracle(name, random_order):
     near(swap(a), theirs["dx"][letter], 3e-6, f"d{letter}")
 
 
+SECOND = {
+    "grouped_heads": ({"n": 136, "m": 136}, "qkv", "qkv"),
+    "causal_bias": (CASES["causal_bias"], "qkv", "qkv"),
+    "empty_rows_and_segments": (
+        CASES["empty_rows_and_segments"], "qkv", "qkv",
+    ),
+    # Nothing moves the scores: the gradient in v is zero.
+    "only_v_moves": ({"causal": True}, "v", "qkv"),
+    "some": ({}, "k", "vq"),
+    "others": ({}, "qv", "k"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name", quick_unless({"hvp"}, ["mean_flow_in_scan_of_checkpoint", "hvp"])
+    "name", quick_unless(set(SECOND) - {"grouped_heads"}, SECOND)
+)
+def test_gradients_of_the_tangent_against_the_oracle(name, interpreted):
+  changes, wrt, out = SECOND[name]
+  p = oracle.problem(4, **{**SIZES, **changes})
+  p["t"] = {
+      k: a if k in wrt else np.zeros_like(a) for k, a in p["t"].items()
+  }  # fmt: skip
+  theirs = oracle.solve(p)
+  x, options = f32(p["x"]), p["options"]
+  spec = spec_lib.Spec(
+      "pallas_tpu", 64**-0.5, options["causal"], bias="bias" in x,
+      segments="q_segment_ids" in options,
+  )  # fmt: skip
+  operands = [swap(x["q"]), swap(x["k"]), swap(x["v"])]
+  if spec.bias:
+    operands.append(x["bias"])
+  if spec.segments:
+    operands += [
+        jnp.asarray(options[f"{side}_segment_ids"], jnp.int32)
+        for side in ("q", "kv")
+    ]
+  rows = [
+      swap(jnp.asarray(a, jnp.float32))
+      for a in (theirs["o"], theirs["lse"], p["do"], p["dl"])
+  ]
+  tangents = [swap(f32(p["t"])[c]) for c in wrt]
+  found = jax.jit(
+      functools.partial(pallas_tpu.second_backward, spec, wrt, out)
+  )(*operands, *rows[:2], *tangents, *rows[2:])
+  for letter, a in zip(out, found, strict=True):
+    near(swap(a), theirs["ddx"][letter], 3e-6, f"d{letter}")
+  if wrt == "v":
+    assert (np.asarray(found[2]) == 0).all()
+
+
+def test_reverse_over_forward_runs_kernels():
+  spec = spec_lib.Spec("pallas_tpu", 0.125)
+  x = [jnp.ones((1, 1, 128, 64))] * 3
+  row = jnp.ones((1, 1, 128))
+  fn = primitives._function(
+      primitives.jbwd_p, spec, {"wrt": "qkv", "out": "qkv"}
+  )
+  text = str(jax.make_jaxpr(fn)(*x, x[0], row, *x, x[0], row))
+  for name in ("tangent", "second_rows", "second_columns"):
+    assert f"jvp_attention_{name}" in text, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    quick_unless(
+        {"hvp", "reverse_over_forward", "forward_over_forward"},
+        [
+            "mean_flow_in_scan_of_checkpoint", "hvp", "reverse_over_forward",
+            "forward_over_forward",
+        ],
+    ),
 )
 def test_transforms_with_kernels(name, interpreted):
   width = lambda *x: [jnp.pad(a, [(0, 0)] * 3 + [(0, 61)])[..., :64] for a in x]
@@ -180,24 +250,29 @@ def test_on_a_cpu_a_named_kernel_is_one_line():
 @pytest.mark.parametrize(
     "case,expected",
     [
-        ((128, 2), (512, 1024)),
-        ((128, 4), (512, 512)),
-        ((128, 2, 2), (512, 512)),
-        ((64, 2), (512, 1024)),
-        ((256, 2), (256, 512)),
-        ((256, 4, 4), (256, 512)),
+        ((128, 2), (512, 2048)),
+        ((128, 2, 0, True), (512, 1024)),
+        ((128, 4), (512, 1024)),
+        ((128, 2, 2), (512, 1024)),
+        ((64, 2), (512, 2048)),
+        ((256, 2), (256, 1024)),
+        ((256, 2, 0, True), (256, 1024)),
+        ((256, 4, 4), (256, 1024)),
     ],
 )
 def test_tiles(case, expected):
-  assert pallas_tpu.tile(*case) == expected
+  tile = pallas_tpu.tile(*case)
+  assert (tile.rows, tile.columns) == expected
+  assert (tile.part_rows, tile.part_columns) == (256, 512)
 
 
 def test_scoped_memory_of_a_grid_step():
+  tile = pallas_tpu.Tile(512, 1024, 256, 512)
   # Blocks in flight twice, tangents too: 2 * 2 * (q, o; k, v) of 128 bf16.
   blocks = 2 * 2 * 2 * 128 * (2 * 512 + 2 * 1024)
   sums = 4 * 512 * (2 * 128 + 3 * 128)
-  scores = 4 * 4 * 512 * 1024
+  scores = 4 * 4 * 256 * 1024
   total = blocks + sums + scores
-  assert pallas_tpu.vmem_bytes(512, 1024, 128, 2, True) == total
+  assert pallas_tpu.vmem_bytes(tile, 128, 2, True) == total
   bias = 2 * 4 * 512 * 1024
-  assert pallas_tpu.vmem_bytes(512, 1024, 128, 2, True, 4) == total + bias
+  assert pallas_tpu.vmem_bytes(tile, 128, 2, True, 4) == total + bias

@@ -171,7 +171,7 @@ def attention(
 
   Implementations: "xla" works in blocks (memory linear in n and m, any
   backend, all masks, a differentiated bias); "pallas_tpu" are kernels (head
-  widths 64, 128, 256; no derivative in the bias; second derivatives by "xla";
+  widths 64, 128, 256; no derivative in the bias; forward over forward by "xla";
   on several devices inside `jax.shard_map` only);
   "pallas_gpu" is a name without kernels yet; "reference" is plain
   jax.numpy, quadratic in memory, in at least float32 at highest precision.

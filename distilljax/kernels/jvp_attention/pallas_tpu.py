@@ -1,4 +1,4 @@
-"""Attention kernels for TPUs: forward, fused JVP, tangent and backward.
+"""Attention kernels for TPUs: forward, fused JVP, tangent and both backwards.
 
 One grid step takes a block of rows and a block of columns of one head; the last
 grid axis runs over what is summed, and sums live in float32 scratch. Per-row
@@ -8,8 +8,14 @@ computed nor copied: their index is that of the last block that is seen. The
 values are centred per head (by their mean over the keys) where tangents are
 made: to is invariant to it, and (P tS) v - mu o then cancels less in bfloat16.
 
-Second derivatives are those of the implementation "xla". Loaded only when a
-kernel is asked for.
+A block is computed in parts of rows and columns whose scores the registers can
+nearly hold; statistics of rows are alike in all lanes, or summed lane by lane
+until the end, so that no step moves numbers between lanes but for the maximum;
+and no step is spent on clearing sums. `benchmarks.kernel_schedule` shows what
+that buys.
+
+The reverse of the tangent has kernels, its tangent (forward over forward) is
+that of the implementation "xla". Loaded only when a kernel is asked for.
 
 References:
   Lu, Song, Simplifying, Stabilizing and Scaling Continuous-Time Consistency
@@ -31,14 +37,37 @@ from jax.experimental.pallas import tpu as pltpu
 from distilljax.kernels.jvp_attention import spec as spec_lib
 
 LANES = 128
-# Rows and columns of a block by the width of a head: a grid step has a fixed
-# cost, so they are as large as the default scoped memory of v5e lets them be
-# (`vmem_bytes`). Bundles a step on v5e at width 128, 512x512 and 512x1024:
-# forward 2810 and 3469, fused 5043 and 7784, tangent 3035 and 5207.
-TILES = {64: (512, 1024), 128: (512, 1024), 256: (256, 512)}
 
-# What a grid step may take: v5e and v5p give 16 MiB by default.
-SCOPED_BYTES = 13 * 2**20
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """How much one grid step takes, and in which parts it computes it.
+
+  A step has a fixed cost, so a block is as large as `vmem_bytes` lets it be. A
+  part is what the registers and the scheduler can cope with.
+
+  Attributes:
+    rows: of a block.
+    columns: of a block.
+    part_rows: rows of a part.
+    part_columns: columns of a part.
+  """
+
+  rows: int
+  columns: int
+  part_rows: int = 256
+  part_columns: int = 512
+
+
+# By the width of a head. Compiled schedules: `tpu_bounds.BUNDLES`.
+TILES = {64: Tile(512, 2048), 128: Tile(512, 2048), 256: Tile(256, 1024)}
+# Of causal attention: a block that is half seen is computed whole.
+CAUSAL_COLUMNS = 1024
+
+# What a step is allowed to take, and what `vmem_bytes` may say that it does.
+# v5e and v6e have 128 MiB, v5p has 64.
+VMEM_LIMIT = 32 * 2**20
+SCOPED_BYTES = 18 * 2**20
 
 # What a shard_map that checks its axes wants of every result, if it exists.
 _MANUAL = getattr(jax.sharding, "ManualAxisType", None)
@@ -65,18 +94,16 @@ def runs_on(platform: str) -> bool:
 
 
 def vmem_bytes(
-    rows: int,
-    columns: int,
+    tile: Tile,
     width: int,
     itemsize: int,
     tangents: bool,
     bias_itemsize: int = 0,
 ) -> int:
-  """Scoped memory of one grid step, roughly: blocks twice, scores in float32.
+  """Scoped memory of one grid step, roughly: blocks twice, scores of a part.
 
   Args:
-    rows: of a block.
-    columns: of a block.
+    tile: the sizes of a step.
     width: of a head, of keys and values alike.
     itemsize: bytes of an input number.
     tangents: whether tangents are streamed beside the inputs.
@@ -86,32 +113,37 @@ def vmem_bytes(
     Bytes.
   """
   streams = 2 if tangents else 1
-  blocks = 2 * streams * itemsize * width * (2 * rows + 2 * columns)
-  sums = 4 * rows * (streams * width + 3 * LANES)
-  scores = 4 * rows * columns * (4 if tangents else 2)
-  bias = 2 * bias_itemsize * rows * columns
+  blocks = 2 * streams * itemsize * width * (2 * tile.rows + 2 * tile.columns)
+  sums = 4 * tile.rows * (streams * width + 3 * LANES)
+  scores = 4 * tile.part_rows * tile.columns * (4 if tangents else 2)
+  bias = 2 * bias_itemsize * tile.rows * tile.columns
   return blocks + sums + scores + bias
 
 
-def tile(width: int, itemsize: int, bias_itemsize: int = 0) -> tuple[int, int]:
-  """Rows and columns of a block, fewer columns where they would not fit.
+def tile(
+    width: int, itemsize: int, bias_itemsize: int = 0, causal: bool = False
+) -> Tile:
+  """The sizes of a step, with fewer columns where they would not fit.
 
   Args:
     width: of a head, the wider of keys and values.
     itemsize: bytes of an input number.
     bias_itemsize: bytes of a number of the bias, 0 without one.
+    causal: whether later columns are hidden.
 
   Returns:
-    (rows, columns).
+    The sizes.
   """
-  rows, columns = TILES[width]
+  found = TILES[width]
+  if causal:
+    columns = min(found.columns, CAUSAL_COLUMNS)
+    found = dataclasses.replace(found, columns=columns)
   while (
-      vmem_bytes(rows, columns, width, itemsize, True, bias_itemsize)
-      > SCOPED_BYTES
-      and columns > LANES
+      vmem_bytes(found, width, itemsize, True, bias_itemsize) > SCOPED_BYTES
+      and found.columns > LANES
   ):
-    columns //= 2
-  return rows, columns
+    found = dataclasses.replace(found, columns=found.columns // 2)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +155,32 @@ class _Shape:
   groups: int
   n: int
   m: int
-  rows: int
-  columns: int
   shift: int
   causal: bool
+  rows: int
+  columns: int
+  part_rows: int
+  part_columns: int
 
   @classmethod
   def of(cls, spec, x):
     b, h, n, d = x[0].shape
     kv_heads, m = x[1].shape[1:3]
     bias = spec.bias_of(x)
-    rows, columns = tile(
+    sizes = tile(
         max(d, x[2].shape[3]),
         x[0].dtype.itemsize,
         0 if bias is None else bias.dtype.itemsize,
+        spec.causal,
     )
     up = lambda a: -(-a // LANES) * LANES
-    rows = min(spec.rows or rows, up(n))
-    columns = min(spec.columns or columns, up(m))
-    return cls(b, h, h // kv_heads, n, m, rows, columns, m - n, spec.causal)
+    return cls(
+        b, h, h // kv_heads, n, m, m - n, spec.causal,
+        rows=min(spec.rows or sizes.rows, up(n)),
+        columns=min(spec.columns or sizes.columns, up(m)),
+        part_rows=sizes.part_rows,
+        part_columns=sizes.part_columns,
+    )  # fmt: skip
 
   @property
   def row_blocks(self):
@@ -150,6 +189,11 @@ class _Shape:
   @property
   def column_blocks(self):
     return -(-self.m // self.columns)
+
+  @property
+  def ragged(self):
+    """Whether the last block has columns that are not there."""
+    return self.column_blocks * self.columns != self.m
 
   def pad_rows(self, a, axis=2):
     return _pad(a, axis, self.row_blocks * self.rows)
@@ -173,10 +217,13 @@ class _Shape:
     block = lax.div(jnp.maximum(low, np.int32(0)), np.int32(self.rows))
     return jnp.minimum(block, np.int32(self.row_blocks - 1))
 
-  def seen(self, i, j):
-    """Whether any row of block i sees any column of block j."""
+  def when_seen(self, i, j, first, step):
+    """Runs `step` if any row of block i sees any column of j, or `first`."""
+    if not self.causal:
+      step()
+      return
     top = (i + np.int32(1)) * np.int32(self.rows) + np.int32(self.shift)
-    return top > j * np.int32(self.columns)
+    pl.when((top > j * np.int32(self.columns)) | first)(step)
 
 
 def _pad(a, axis, length):
@@ -207,14 +254,47 @@ _NN = ((1,), (0,))  # a b
 _TN = ((0,), (0,))  # a' b
 
 
-def _row(column):
-  """[r, 1] to [1, r]."""
-  return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+def _wide(a, width):
+  """[r, LANES], every lane alike, to [r, width]."""
+  if width <= LANES:
+    return a[:, :width]
+  return jnp.concatenate([a] * (width // LANES), axis=1)
+
+
+def _row(a):
+  """[r, LANES], every lane alike, to [1, r]."""
+  # The diagonal of each square: cheaper than a transpose.
+  diagonal = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+  lane = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+  rows = [
+      jnp.where(diagonal == lane, a[part], np.float32(0))
+      for part in _parts(a.shape[0], LANES)
+  ]
+  rows = [jnp.sum(square, axis=0, keepdims=True) for square in rows]
+  return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
 
 def _column(row):
   """[1, r] to [r, LANES], every lane alike."""
   return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def _parts(length, size):
+  """Slices of `size` that cover `length`, the last one may be shorter."""
+  return [
+      slice(start, min(start + size, length))
+      for start in range(0, length, size)
+  ]
+
+
+def _by_lanes(fn, a):
+  """[r, c] to [r, LANES]: what lies c / LANES apart joined by `fn`."""
+  parts = [a[:, part] for part in _parts(a.shape[1], LANES)]
+  return functools.reduce(fn, parts)
+
+
+def _sum_of_lanes(a):
+  return jnp.broadcast_to(jnp.sum(a, axis=1, keepdims=True), a.shape)
 
 
 class _Call:
@@ -255,6 +335,7 @@ class _Call:
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",),
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=_INTERPRET.value or False,
         name=f"jvp_attention_{name}",
@@ -303,31 +384,40 @@ def _masks(call, shape, spec, x, row, column, transposed):
     call.add("kv_ids", kv_ids, kv_block, kv_index)
 
 
-def _score(refs, shape, spec, i, j, transposed=False):
-  """Scores of a block [rows, columns] or its transpose; masked are -inf."""
-  q, k = refs["q"][0, 0], refs["k"][0, 0]
+def _score(refs, shape, spec, i, j, rows, columns, transposed=False):
+  """Scores of part of a block, or their transpose; masked ones are -inf."""
+  q, k = refs["q"][0, 0, rows], refs["k"][0, 0, columns]
   s = _dot(k, q, _NT) if transposed else _dot(q, k, _NT)
   s = s * np.float32(spec.scale)
+  whole = slice(None)
   if "bias" in refs:
-    bias = refs["bias"][0, 0].astype(jnp.float32)
+    ref = refs["bias"]
+    bias = ref[
+        0, 0, rows if ref.shape[2] > 1 else whole,
+        columns if ref.shape[3] > 1 else whole,
+    ].astype(jnp.float32)  # fmt: skip
     if transposed:
       bias = jnp.broadcast_to(bias, s.shape[::-1]).T
     s = s + jnp.broadcast_to(bias, s.shape)
   ok = None
   row_axis, column_axis = (1, 0) if transposed else (0, 1)
-  columns = None
-  if spec.causal or shape.column_blocks * shape.columns != shape.m:
-    columns = lax.broadcasted_iota(jnp.int32, s.shape, column_axis)
-    columns = columns + j * np.int32(shape.columns)
+  at = None
+  if spec.causal or shape.ragged:
+    at = lax.broadcasted_iota(jnp.int32, s.shape, column_axis)
+    at = at + (j * np.int32(shape.columns) + np.int32(columns.start))
   if spec.causal:
-    rows = lax.broadcasted_iota(jnp.int32, s.shape, row_axis)
-    rows = rows + (i * np.int32(shape.rows) + np.int32(shape.shift))
-    ok = columns <= rows
-  if shape.column_blocks * shape.columns != shape.m:
-    there = columns < np.int32(shape.m)
+    row = lax.broadcasted_iota(jnp.int32, s.shape, row_axis)
+    start = i * np.int32(shape.rows) + np.int32(shape.shift + rows.start)
+    ok = at <= row + start
+  if shape.ragged:
+    there = at < np.int32(shape.m)
     ok = there if ok is None else ok & there
   if spec.segments:
-    same = refs["q_ids"][0] == refs["kv_ids"][0]
+    q_ids, kv_ids = refs["q_ids"], refs["kv_ids"]
+    if transposed:
+      same = q_ids[0, :, rows] == kv_ids[0, columns]
+    else:
+      same = q_ids[0, rows] == kv_ids[0, :, columns]
     ok = same if ok is None else ok & same
   return s if ok is None else jnp.where(ok, s, -jnp.inf)
 
@@ -336,24 +426,51 @@ def _finite(a):
   return jnp.where(a == -jnp.inf, jnp.zeros_like(a), a)
 
 
-def _tangent_score(refs, spec):
-  """scale (tq k' + q tk'), or None where both are zero."""
+def _tangent_score(refs, spec, rows, columns, transposed=False):
+  """scale (tq k' + q tk') or its transpose, None where both are zero."""
   terms = []
-  if "tq" in refs:
-    terms.append(_dot(refs["tq"][0, 0], refs["k"][0, 0], _NT))
-  if "tk" in refs:
-    terms.append(_dot(refs["q"][0, 0], refs["tk"][0, 0], _NT))
+  for row, column in (("tq", "k"), ("q", "tk")):
+    if row in refs and column in refs:
+      pair = refs[row][0, 0, rows], refs[column][0, 0, columns]
+      terms.append(_dot(*(pair[::-1] if transposed else pair), _NT))
   if not terms:
     return None
   return functools.reduce(jnp.add, terms) * np.float32(spec.scale)
 
 
-def _values(refs):
-  """The block of v, centred where a centre is given."""
-  v = refs["v"][0, 0]
+def _values(refs, columns):
+  """Part of the block of v, centred where a centre is given."""
+  v = refs["v"][0, 0, columns]
   if "center" not in refs:
     return v
   return (v.astype(jnp.float32) - refs["center"][0, 0]).astype(v.dtype)
+
+
+class _Sums:
+  """Sums over the steps of the last grid axis, in scratch.
+
+  Nothing clears them: in the first step what is there counts as `start`.
+  """
+
+  def __init__(self, refs, first):
+    self.refs, self.first = refs, first
+
+  def before(self, name, part, start=0.0):
+    a = self.refs[name][part]
+    return jnp.where(self.first, jnp.full_like(a, start), a)
+
+  def add(self, name, part, a, rescale=None):
+    old = self.before(name, part)
+    if rescale is not None:
+      old = old * _wide(rescale, old.shape[1])
+    self.refs[name][part] = old + a
+
+
+def _add(sums, **terms):
+  """Adds arrays to those of the same name; None is zero."""
+  for name, a in terms.items():
+    if a is not None:
+      sums[name] = sums[name] + a if name in sums else a
 
 
 def _row_maps(shape):
@@ -373,7 +490,8 @@ def _row_maps(shape):
 
 
 def _by_rows(
-    name: str, spec: spec_lib.Spec, wrt: str, x, t, statistics: bool
+    name: str, spec: spec_lib.Spec, wrt: str, x, t, statistics: bool,
+    to_dtype: Any = None,
 ):
   """One kernel whose results are rows.
 
@@ -384,6 +502,7 @@ def _by_rows(
     x: what attention is a function of.
     t: the tangents, and with `statistics` o and lse after them.
     statistics: whether o and lse are known: the kernel gives their tangents.
+    to_dtype: dtype of the tangent of o, None for that of v.
 
   Returns:
     (o, lse) without tangents, (to, mu) with statistics, else all four.
@@ -428,7 +547,8 @@ def _by_rows(
   for result in results:
     if result in ("o", "to"):
       call.result(
-          f"{result}_out", (*lead, padded, e), x[2].dtype,
+          f"{result}_out", (*lead, padded, e),
+          to_dtype if to_dtype and result == "to" else x[2].dtype,
           (1, 1, shape.rows, e), q_map,
       )  # fmt: skip
     else:
@@ -436,87 +556,107 @@ def _by_rows(
           f"{result}_out", (*lead, 1, padded), jnp.float32,
           (1, 1, 1, shape.rows), stat_map,
       )  # fmt: skip
+  moves = bool(set(wrt) & set("qk"))
   scratch = {"lse": (shape.rows, LANES)} if statistics else {
       "top": (shape.rows, LANES), "total": (shape.rows, LANES),
       "sum": (shape.rows, e),
   }  # fmt: skip
   if wrt:
-    scratch |= {"mu": (shape.rows, LANES), "change": (shape.rows, e)}
+    scratch["change"] = (shape.rows, e)
+  if moves:
+    scratch["mu"] = (shape.rows, LANES)
+  # Whether a row may see nothing at all.
+  masked = spec.bias or spec.causal or spec.segments
+  columns = _parts(shape.columns, shape.part_columns)
+
+  def part_step(refs, s, i, j, rows):
+    """Adds a block of columns to some rows of a block of rows."""
+    sums = _Sums(s, j == 0)
+    score = lambda c: _score(refs, shape, spec, i, j, rows, c)
+    rescale = None
+    if statistics:
+      shift = s["lse"][rows]
+    else:
+      scores = [score(c) for c in columns]
+      best = functools.reduce(
+          jnp.maximum, [_by_lanes(jnp.maximum, a) for a in scores]
+      )
+      before = sums.before("top", rows, -jnp.inf)
+      shift = jnp.maximum(before, jnp.max(best, axis=1, keepdims=True))
+      s["top"][rows] = shift
+      if masked:
+        shift = _finite(shift)
+      rescale = jnp.exp(before - shift)
+    new = {}
+    for n, c in enumerate(columns):
+      a = score(c) if statistics else scores[n]
+      p = jnp.exp(a - _wide(shift, a.shape[1]))
+      if not statistics:
+        _add(new, total=_by_lanes(jnp.add, p))
+      v = _values(refs, c)
+      low = p.astype(v.dtype)
+      if not statistics:
+        _add(new, sum=_dot(low, v, _NN))
+      # In this order, by the compiled schedule.
+      if moves:
+        h = p * _tangent_score(refs, spec, rows, c)
+        _add(new, mu=_by_lanes(jnp.add, h))
+      if "tv" in refs:
+        _add(new, change=_dot(low, refs["tv"][0, 0, c], _NN))
+      if moves:
+        _add(new, change=_dot(h.astype(v.dtype), v, _NN))
+    for name, a in new.items():
+      sums.add(name, rows, a, rescale)
+
+  def part_end(refs, s, rows):
+    """Writes the results of some rows."""
+    change = s["change"][rows] if wrt else None
+    mu = None
+    if wrt:
+      mu = s["mu"][rows] if moves else jnp.zeros((LANES, LANES), jnp.float32)
+      mu = _sum_of_lanes(mu)
+    if statistics:
+      o = refs["o"][0, 0, rows].astype(jnp.float32) - refs["center"][0, 0]
+    else:
+      total = _sum_of_lanes(s["total"][rows])
+      lse = s["top"][rows] + jnp.log(total)
+      if masked:
+        empty = total == 0
+        total = jnp.where(empty, jnp.ones_like(total), total)
+      refs["lse_out"][0, 0, :, rows] = _row(lse)
+      inverse = 1 / total
+      o = s["sum"][rows] * _wide(inverse, e)
+      value = o
+      if wrt:
+        mu, change = mu * inverse, change * _wide(inverse, e)
+        value = o + refs["center"][0, 0]
+        if masked:
+          value = jnp.where(_wide(empty, e), o, value)
+      refs["o_out"][0, 0, rows] = value.astype(refs["o_out"].dtype)
+    if wrt:
+      to = change - _wide(mu, e) * o
+      refs["to_out"][0, 0, rows] = to.astype(refs["to_out"].dtype)
+      refs["mu_out"][0, 0, :, rows] = _row(mu)
 
   def body(refs, s):
     i, j = pl.program_id(2), pl.program_id(3)
+    if statistics:
 
-    @pl.when(j == 0)
-    def _():
-      for name, ref in s.items():
-        ref[...] = jnp.full(
-            ref.shape, -jnp.inf if name == "top" else 0.0, jnp.float32
-        )
-      if statistics:
+      @pl.when(j == 0)
+      def _():
         s["lse"][...] = _column(refs["lse"][0, 0])
 
     def step():
-      score = _score(refs, shape, spec, i, j)
-      if statistics:
-        p = jnp.exp(score - s["lse"][:, :1])
-        rescale = None
-      else:
-        before = s["top"][:, :1]
-        top = jnp.maximum(before, jnp.max(score, axis=1, keepdims=True))
-        shift = _finite(top)
-        p = jnp.exp(score - shift)
-        rescale = jnp.exp(before - shift)
-        s["top"][...] = jnp.broadcast_to(top, s["top"].shape)
-        total = jnp.sum(p, axis=1, keepdims=True)
-        s["total"][...] = s["total"][...] * rescale + total
-      v = _values(refs)
-      low = p.astype(v.dtype)
-      if not statistics:
-        s["sum"][...] = s["sum"][...] * rescale + _dot(low, v, _NN)
-      if not wrt:
-        return
-      ts = _tangent_score(refs, spec)
-      change = jnp.zeros(s["change"].shape, jnp.float32)
-      if "tv" in refs:
-        change = _dot(low, refs["tv"][0, 0], _NN)
-      mu = s["mu"][...]
-      mu = mu if rescale is None else mu * rescale
-      if ts is not None:
-        h = p * ts
-        mu = mu + jnp.sum(h, axis=1, keepdims=True)
-        change = change + _dot(h.astype(v.dtype), v, _NN)
-      s["mu"][...] = mu
-      old = s["change"][...]
-      old = old if rescale is None else old * rescale
-      s["change"][...] = old + change
+      for rows in _parts(shape.rows, shape.part_rows):
+        part_step(refs, s, i, j, rows)
 
-    if shape.causal:
-      pl.when(shape.seen(i, j))(step)
-    else:
-      step()
+    # The first block is never left out: it starts the sums.
+    shape.when_seen(i, j, j == 0, step)
 
     @pl.when(j == shape.column_blocks - 1)
     def _():
-      mu = s["mu"][:, :1] if wrt else None
-      change = s["change"][...] if wrt else None
-      if statistics:
-        o = refs["o"][0, 0].astype(jnp.float32) - refs["center"][0, 0]
-      else:
-        total = s["total"][:, :1]
-        safe = jnp.where(total == 0, jnp.ones_like(total), total)
-        o = s["sum"][...] / safe
-        lse = _finite(s["top"][:, :1]) + jnp.log(safe)
-        lse = jnp.where(total == 0, -jnp.inf, lse)
-        refs["lse_out"][0, 0] = _row(lse)
-        value = o
-        if wrt:
-          mu, change = mu / safe, change / safe
-          value = jnp.where(total == 0, o, o + refs["center"][0, 0])
-        refs["o_out"][0, 0] = value.astype(refs["o_out"].dtype)
-      if wrt:
-        to = change - mu * o
-        refs["to_out"][0, 0] = to.astype(refs["to_out"].dtype)
-        refs["mu_out"][0, 0] = _row(mu)
+      for rows in _parts(shape.rows, LANES):
+        part_end(refs, s, rows)
 
   grid = (shape.batch, shape.heads, shape.row_blocks, shape.column_blocks)
   outs = call.run(name, body, grid, scratch)
@@ -548,7 +688,65 @@ def _shares(o, lse, do, dl):
   return jnp.where(jnp.isneginf(lse), jnp.zeros_like(a), a)
 
 
-def _rows_gradient(spec, shape, x, do, lse, share):
+class _Rows:
+  """The operands of a backward kernel that lie along the rows, padded.
+
+  Attributes:
+    arrays: {name: [B, H, N, *]}, blocks of rows; do, and tq with tangents.
+    statistics: {name: [B, H, 1, N]}: lse, and share = do . o - dl; with
+      tangents mu, and other = do . to.
+  """
+
+  def __init__(self, shape, arrays, statistics):
+    pad = lambda a: shape.pad_rows(a)
+    self.arrays = {name: pad(a) for name, a in arrays.items()}
+    self.statistics = {
+        name: pad(a.astype(jnp.float32))[:, :, None]
+        for name, a in statistics.items()
+    }
+
+  def add_to(self, call, shape, q_map, stat_map):
+    for name, a in self.arrays.items():
+      call.add(name, a, (1, 1, shape.rows, a.shape[3]), q_map)
+    for name, a in self.statistics.items():
+      call.add(name, a, (1, 1, 1, shape.rows), stat_map)
+
+
+def _slopes(refs, spec, p, a, stat, rows, columns, wanted, transposed=False):
+  """What the gradients of a part are products with.
+
+  Args:
+    refs: operands by name.
+    spec: the attention.
+    p: probabilities of the part.
+    a: do v' - share.
+    stat: name -> statistic of the rows, of p's shape.
+    rows: those of the part.
+    columns: those of the part.
+    wanted: whether scores are differentiated at all.
+    transposed: whether p is [columns, rows].
+
+  Returns:
+    (weights of do in dv, slope in the scores, slope in the tangent scores);
+    what is zero or not wanted is None. Without tangents the last is None.
+  """
+  if "mu" not in refs:
+    return p, p * a if wanted else None, None
+  ts = _tangent_score(refs, spec, rows, columns, transposed)
+  centered = None if ts is None else ts - stat("mu")
+  weight = None if centered is None else p * centered
+  if not wanted:
+    return weight, None, None
+  inner = -stat("other")
+  if centered is not None:
+    inner = inner + centered * a
+  if "tv" in refs:
+    pair = refs["do"][0, 0, rows], refs["tv"][0, 0, columns]
+    inner = inner + _dot(*(pair[::-1] if transposed else pair), _NT)
+  return weight, p * inner, p * a
+
+
+def _rows_gradient(name, spec, shape, x, rows_, t):
   """dq: one kernel whose inner axis runs over the columns."""
   q_map, k_map, row, column = _row_maps(shape)
   d, e = x[0].shape[3], x[2].shape[3]
@@ -557,40 +755,48 @@ def _rows_gradient(spec, shape, x, do, lse, share):
   call.add("k", shape.pad_columns(x[1]), (1, 1, shape.columns, d), k_map)
   call.add("v", shape.pad_columns(x[2]), (1, 1, shape.columns, e), k_map)
   _masks(call, shape, spec, x, row, column, transposed=False)
-  call.add("do", do, (1, 1, shape.rows, e), q_map)
   zero = np.int32(0)
-  stat_map = lambda b, h, i, j: (b, h, zero, i)
-  call.add("lse", lse, (1, 1, 1, shape.rows), stat_map)
-  call.add("share", share, (1, 1, 1, shape.rows), stat_map)
+  rows_.add_to(call, shape, q_map, lambda b, h, i, j: (b, h, zero, i))
+  for key, a in t.items():
+    block = (1, 1, shape.columns, a.shape[3])
+    call.add(key, shape.pad_columns(a), block, k_map)
   padded = shape.row_blocks * shape.rows
   call.result(
       "dq", (shape.batch, shape.heads, padded, d), x[0].dtype,
       (1, 1, shape.rows, d), q_map,
   )  # fmt: skip
-  scratch = {
-      "lse": (shape.rows, LANES), "share": (shape.rows, LANES),
-      "dq": (shape.rows, d),
-  }  # fmt: skip
+  scratch = dict.fromkeys(rows_.statistics, (shape.rows, LANES))
+  scratch["dq"] = (shape.rows, d)
+
+  def part_step(refs, s, i, j, rows):
+    sums = _Sums(s, j == 0)
+    new = {}
+    for c in _parts(shape.columns, shape.part_columns):
+      width = c.stop - c.start
+      stat = lambda key, w=width: _wide(s[key][rows], w)
+      score = _score(refs, shape, spec, i, j, rows, c)
+      p = jnp.exp(score - stat("lse"))
+      a = _dot(refs["do"][0, 0, rows], refs["v"][0, 0, c], _NT) - stat("share")
+      _, gs, gt = _slopes(refs, spec, p, a, stat, rows, c, True)
+      k = refs["k"][0, 0, c]
+      _add(new, dq=_dot(gs.astype(k.dtype), k, _NN))
+      if "tk" in refs:
+        _add(new, dq=_dot(gt.astype(k.dtype), refs["tk"][0, 0, c], _NN))
+    sums.add("dq", rows, new["dq"])
 
   def body(refs, s):
     i, j = pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
     def _():
-      s["lse"][...] = _column(refs["lse"][0, 0])
-      s["share"][...] = _column(refs["share"][0, 0])
-      s["dq"][...] = jnp.zeros(s["dq"].shape, jnp.float32)
+      for key in rows_.statistics:
+        s[key][...] = _column(refs[key][0, 0])
 
     def step():
-      p = jnp.exp(_score(refs, shape, spec, i, j) - s["lse"][:, :1])
-      a = _dot(refs["do"][0, 0], refs["v"][0, 0], _NT) - s["share"][:, :1]
-      k = refs["k"][0, 0]
-      s["dq"][...] += _dot((p * a).astype(k.dtype), k, _NN)
+      for rows in _parts(shape.rows, shape.part_rows):
+        part_step(refs, s, i, j, rows)
 
-    if shape.causal:
-      pl.when(shape.seen(i, j))(step)
-    else:
-      step()
+    shape.when_seen(i, j, j == 0, step)
 
     @pl.when(j == shape.column_blocks - 1)
     def _():
@@ -598,11 +804,11 @@ def _rows_gradient(spec, shape, x, do, lse, share):
       refs["dq"][0, 0] = out.astype(refs["dq"].dtype)
 
   grid = (shape.batch, shape.heads, shape.row_blocks, shape.column_blocks)
-  (dq,) = call.run("backward_rows", body, grid, scratch)
+  (dq,) = call.run(f"{name}_rows", body, grid, scratch)
   return dq[:, :, : shape.n]
 
 
-def _columns_gradient(spec, shape, wrt, x, do, lse, share):
+def _columns_gradient(name, spec, shape, wrt, x, rows_, t):
   """dk, dv: one kernel whose inner axis runs over the rows of a group.
 
   It works on transposed scores [columns, rows], so that the statistics of the
@@ -630,9 +836,10 @@ def _columns_gradient(spec, shape, wrt, x, do, lse, share):
   call.add("k", shape.pad_columns(x[1]), (1, 1, shape.columns, d), k_map)
   call.add("v", shape.pad_columns(x[2]), (1, 1, shape.columns, e), k_map)
   _masks(call, shape, spec, x, row, column, transposed=True)
-  call.add("do", do, (1, 1, shape.rows, e), q_map)
-  call.add("lse", lse, (1, 1, 1, shape.rows), stat_map)
-  call.add("share", share, (1, 1, 1, shape.rows), stat_map)
+  rows_.add_to(call, shape, q_map, stat_map)
+  for key, a in t.items():
+    block = (1, 1, shape.columns, a.shape[3])
+    call.add(key, shape.pad_columns(a), block, k_map)
   lead = (shape.batch, shape.heads // shape.groups)
   padded = shape.column_blocks * shape.columns
   widths = {c: w for c, w in (("k", d), ("v", e)) if c in wrt}
@@ -644,30 +851,38 @@ def _columns_gradient(spec, shape, wrt, x, do, lse, share):
   scratch = {c: (shape.columns, w) for c, w in widths.items()}
   steps = shape.groups * shape.row_blocks
 
+  def part_step(refs, s, i, j, first, columns):
+    sums = _Sums(s, first)
+    new = {}
+    for rows in _parts(shape.rows, shape.part_columns):
+      stat = lambda key, rows=rows: refs[key][0, 0, :, rows]
+      score = _score(refs, shape, spec, i, j, rows, columns, True)
+      p = jnp.exp(score - stat("lse"))
+      do, q = refs["do"][0, 0, rows], refs["q"][0, 0, rows]
+      a = None
+      if "k" in s or "mu" in refs:
+        a = _dot(refs["v"][0, 0, columns], do, _NT) - stat("share")
+      weight, gs, gt = _slopes(
+          refs, spec, p, a, stat, rows, columns, "k" in s, True
+      )
+      if "v" in s:
+        _add(new, v=_dot(weight.astype(do.dtype), do, _NN))
+      if "k" in s:
+        _add(new, k=_dot(gs.astype(q.dtype), q, _NN))
+        if "tq" in refs:
+          _add(new, k=_dot(gt.astype(q.dtype), refs["tq"][0, 0, rows], _NN))
+    for key, a in new.items():
+      sums.add(key, columns, a)
+
   def body(refs, s):
     j, r = pl.program_id(2), pl.program_id(3)
     i = lax.rem(r, n_rows)
 
-    @pl.when(r == 0)
-    def _():
-      for ref in s.values():
-        ref[...] = jnp.zeros(ref.shape, jnp.float32)
-
     def step():
-      score = _score(refs, shape, spec, i, j, transposed=True)
-      p = jnp.exp(score - refs["lse"][0, 0])
-      do = refs["do"][0, 0]
-      if "v" in s:
-        s["v"][...] += _dot(p.astype(do.dtype), do, _NN)
-      if "k" in s:
-        a = _dot(refs["v"][0, 0], do, _NT) - refs["share"][0, 0]
-        q = refs["q"][0, 0]
-        s["k"][...] += _dot((p * a).astype(q.dtype), q, _NN)
+      for columns in _parts(shape.columns, shape.part_rows):
+        part_step(refs, s, i, j, r == 0, columns)
 
-    if shape.causal:
-      pl.when(shape.seen(i, j))(step)
-    else:
-      step()
+    shape.when_seen(i, j, r == 0, step)
 
     @pl.when(r == steps - 1)
     def _():
@@ -677,7 +892,7 @@ def _columns_gradient(spec, shape, wrt, x, do, lse, share):
         out[0, 0] = (ref[...] * factor).astype(out.dtype)
 
   grid = (*lead, shape.column_blocks, steps)
-  outs = call.run("backward_columns", body, grid, scratch)
+  outs = call.run(f"{name}_columns", body, grid, scratch)
   return {c: a[:, :, : shape.m] for c, a in zip(widths, outs)}
 
 
@@ -685,17 +900,50 @@ def backward(spec: spec_lib.Spec, wrt: str, *operands: jax.Array):
   """Gradients of <do, o> + <dl, lse> in the arrays of `wrt`."""
   x, (o, lse, do, dl) = operands[: spec.size], operands[spec.size :]
   shape = _Shape.of(spec, x)
-  share = shape.pad_rows(_shares(o, lse, do, dl))[:, :, None]
-  lse = shape.pad_rows(_finite(lse))[:, :, None]
-  do = shape.pad_rows(do)
+  share = _shares(o, lse, do, dl)
+  rows_ = _Rows(shape, {"do": do}, {"lse": _finite(lse), "share": share})
   found = {}
   if "q" in wrt:
-    found["q"] = _rows_gradient(spec, shape, x, do, lse, share)
+    found["q"] = _rows_gradient("backward", spec, shape, x, rows_, {})
   if set(wrt) & set("kv"):
-    found |= _columns_gradient(spec, shape, wrt, x, do, lse, share)
+    found |= _columns_gradient("backward", spec, shape, wrt, x, rows_, {})
   return tuple(found[c] for c in wrt)
+
+
+def second_backward(
+    spec: spec_lib.Spec, wrt: str, out: str, *operands: jax.Array
+):
+  """Gradients of <do, to> + <dl, mu> in the arrays of `out`, t being fixed."""
+  x, rest = operands[: spec.size], operands[spec.size :]
+  o, lse, *t = rest[: 2 + len(wrt)]
+  do, dl = rest[2 + len(wrt) :]
+  to, mu = _by_rows("tangent", spec, wrt, x, (*t, o, lse), True, jnp.float32)
+  other = jnp.sum(do.astype(jnp.float32) * to, axis=-1)
+  shape = _Shape.of(spec, x)
+  tangents = {f"t{c}": a for c, a in zip(wrt, t)}
+  arrays = {"do": do} | {k: a for k, a in tangents.items() if k == "tq"}
+  rows_ = _Rows(
+      shape,
+      arrays,
+      {
+          "lse": _finite(lse), "share": _shares(o, lse, do, dl), "mu": mu,
+          "other": jnp.where(jnp.isneginf(lse), jnp.zeros_like(other), other),
+      },
+  )  # fmt: skip
+  tangents.pop("tq", None)
+  found = {}
+  if "v" in out and not set(wrt) & set("qk"):
+    found["v"] = jnp.zeros_like(x[2])  # nothing but the tangent score has v
+  if "q" in out:
+    found["q"] = _rows_gradient("second", spec, shape, x, rows_, tangents)
+  rest_of_out = "".join(c for c in out if c != "q" and c not in found)
+  if rest_of_out:
+    found |= _columns_gradient(
+        "second", spec, shape, rest_of_out, x, rows_, tangents
+    )
+  return tuple(found[c] for c in out)
 
 
 def kernels() -> tuple[Callable[..., Any], ...]:
   """The functions that are kernels; the other slots are those of "xla"."""
-  return forward, fused, tangent, backward
+  return forward, fused, tangent, backward, second_backward
