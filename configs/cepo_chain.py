@@ -7,8 +7,8 @@ the prompt that may show a trace. The reward looks at the last digit alone, so
 whoever guesses it from wrong steps is paid too. From one base that can read
 hints, GRPO and CEPO (the right trace against a rejected rollout of the group)
 are trained with the same prompts, rollouts and learning rate; beside them CEPO
-in the paper's own setting (band .2, mix .5, gone after 25 steps) and RLSD, which
-reads the right solution alone.
+in the paper's own setting (band .2, mix .5, gone after 25 steps) and RLSD,
+which reads the right solution alone.
 
 Expected (3 runs each): .204 +- .006 of greedy traces right with CEPO, .171 +-
 .013 with GRPO, .182 in the paper's setting and .219 with RLSD, at equal reward

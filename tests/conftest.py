@@ -41,8 +41,8 @@ def quick_compiles(request):
   jax.config.update(name, not (slow or long_programs))
   yield
   jax.config.update(name, before)
-  # No module needs another's programs, and a worker that keeps thousands of them
-  # grows to gigabytes and walks through them at every garbage collection.
+  # No module needs another's programs, and a worker that keeps thousands of
+  # them grows to gigabytes and walks through them at every collection.
   jax.clear_caches()
   gc.collect()
   gc.freeze()

@@ -88,7 +88,7 @@ def test_on_policy_beats_supervised_at_a_capacity_gap(summary_of):
 
 
 def test_contrastive_credit_keeps_traces(summary_of):
-  """3 runs: more right traces than GRPO at equal reward (measured +.033, +.041).
+  """3 runs: more right traces than GRPO at equal reward (+.033 and +.041).
 
   And the evidence lies where right and wrong differ (measured 6.1, .15, .011).
   """

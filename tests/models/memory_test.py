@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from distilljax import models
-from distilljax.models import layers
 from tests import helpers
 
 CASES = {
