@@ -1339,3 +1339,11 @@ def test_multistep_times_have_a_gradient_at_clean_data(x64):
       ).sum()
   )(zero)  # fmt: skip
   assert np.isfinite(grad).all()
+
+
+def test_calming_may_begin_before_the_warm_up_ends():
+  """Half warm (r = .5), half calmed (p = .5): .5 .5 + .75 .5."""
+  value = losses.tangent_warmup(
+    50, warmup_steps=100, calm_start=0, calm_steps=100
+  )
+  assert float(value) == pytest.approx(0.625)

@@ -1304,3 +1304,11 @@ def test_subinterval_kernel_keeps_the_marginal(s, gap):
 _KERNEL = jax.jit(
     lambda s, t: losses.subinterval_coefficients(straight(s), straight(t))
 )
+
+
+def test_denoising_velocity_without_a_path_is_noise_minus_data():
+  x0, noise = jnp.array([[1.0, -2.0]]), jnp.array([[3.0, 0.5]])
+  error = losses.denoising_loss(
+    jnp.array([[2.0, 2.5]]), x0, noise, kind="velocity"
+  )
+  np.testing.assert_array_equal(error, [0.0])

@@ -1463,3 +1463,55 @@ def test_progressive_num_steps():
     losses.progressive_num_steps(0, steps_per_stage=0)
   with helpers.one_line_error(r"step must be in \[0"):
     losses.progressive_num_steps(-1)
+
+
+def test_defaults_are_what_the_docstrings_say():
+  """A call without an argument equals one with its documented value."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  x, v, noise = (jax.random.normal(k, (3, 2)) for k in keys[:3])
+  # Within a step of both ends, so that the clamp shows.
+  t, r = jnp.array([0.002, 0.5, 0.998]), jnp.array([0.0, 0.2, 0.3])
+  field = lambda x, t, r: jnp.sin(3 * x) * (1 + t**2 - r)[:, None]
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  for kind in ("central",):
+    options = {"derivative": kind}
+    same(
+      losses.path_derivative(field, x, v, t, r, **options),
+      losses.path_derivative(
+        field, x, v, t, r, **options, step=5e-3, clamp=True
+      ),
+    )
+    same(
+      losses.anyflow_loss(field, x, v, t, r, **options),
+      losses.anyflow_loss(field, x, v, t, r, **options, step=5e-3, clamp=True),
+    )
+  same(
+    losses.straight_path(x, noise, t),
+    losses.straight_path(x, noise, t, sigma_min=0.0),
+  )
+  ends = jnp.array([0.0, 0.5, 1.0])
+  same(
+    losses.mean_flow_velocity(v, x, noise, ends, omega=2.0, kappa=0.5),
+    losses.mean_flow_velocity(
+      v, x, noise, ends, omega=2.0, kappa=0.5, t_start=0.0, t_end=1.0
+    ),
+  )
+
+
+@pytest.mark.parametrize(
+  "call,name",
+  [
+    (lambda x: losses.adaptive_loss(x), "error"),
+    (lambda x: losses.flow_time_weight(x), "t"),
+    (lambda x: losses.phase_start(x, phases=2), "t"),
+    (
+      lambda x: losses.backward_simulation(
+        lambda x, t, r: x, jnp.ones((2, 1)), x, 0
+      ),
+      "times",
+    ),
+  ],
+)
+def test_whole_numbers_are_refused(call, name):
+  with helpers.as_user(), helpers.one_line_error(f"{name} must be", TypeError):
+    call(jnp.array([1, 0]))

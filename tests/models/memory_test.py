@@ -42,7 +42,7 @@ def test_remat_needs_less_memory(kind):
 @pytest.mark.parametrize(
   "kind,remat",
   [
-    ("dit", "block"),
+    pytest.param("dit", "block", marks=pytest.mark.slow),
     pytest.param("dit", "dots", marks=pytest.mark.slow),
     pytest.param("transformer", "block", marks=pytest.mark.slow),
     pytest.param("transformer", "dots", marks=pytest.mark.slow),

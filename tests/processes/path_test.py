@@ -562,3 +562,50 @@ def test_bad_paths():
   ):
     with one_line_error(match):
       make()
+
+
+def test_conversions_name_what_is_known():
+  path = processes.RectifiedFlow()
+  for source, target in (("speed", "x0"), ("x0", "speed")):
+    with one_line_error("'speed'"):
+      path.conversion_range(source, target)
+    with one_line_error("'speed'"):
+      path_lib.conversion_weights(
+        path.coefficients(jnp.array([0.5])), source=source, target=target
+      )
+
+
+def test_both_ends_of_the_other_variables():
+  """What is in range is converted, what is beside it is refused."""
+  trig, edm = processes.TrigFlow(), processes.EDM()
+  quarters = np.pi / 2 * jnp.array([0, 0.5, 1])
+  np.testing.assert_allclose(
+    trig.t_from_angle(quarters), [0, 0.5, 1], rtol=1e-6
+  )
+  assert float(trig.t_from_angle(0.2)) == pytest.approx(0.4 / np.pi)
+  assert float(edm.at_sigma(0.5).sigma) == 0.5
+  assert float(edm.t_from_sigma(0.5)) > 0
+  for bad in (-0.1, 1.58):
+    with one_line_error("angle must be"):
+      trig.t_from_angle(bad)
+  for fn in (edm.at_sigma, edm.t_from_sigma):
+    with one_line_error("sigma must be"):
+      fn(-0.1)
+
+
+@pytest.mark.parametrize("source,target", [("x0", "epsilon"), ("score", "v")])
+def test_conditioning_stops_where_the_pair_does(source, target):
+  """At an end it is what it is at the pair's last time, in both directions."""
+  path = processes.RectifiedFlow()
+  ranges = [
+    path.conversion_range(source, target), path.conversion_range(target, source)
+  ]  # fmt: skip
+  low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+  assert 0 < low < high < 1
+  ask = lambda *t: np.asarray(
+    path.conditioning(jnp.asarray(t), source=source, target=target)
+  )
+  ends = ask(0.0, 1.0)
+  np.testing.assert_array_equal(ends, ask(low, high))
+  assert np.all(np.isfinite(ends)) and np.all(ends > 10)
+  assert np.all(ask(0.3, 0.5, 0.7) >= 1)

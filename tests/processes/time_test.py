@@ -10,7 +10,7 @@ import pytest
 from scipy import special
 
 from distilljax import processes
-from tests.helpers import one_line_error
+from tests.helpers import as_user, one_line_error
 
 N = 20_000
 
@@ -477,3 +477,36 @@ def test_tbcm_route(x64):
     processes.tbcm_route(num_train=1)
   with one_line_error("route must be"):
     processes.sample_tbcm_route(keys(1)[0], route[None])
+
+
+def test_ect_defaults_are_the_papers():
+  """q = 2, k = 8, b = 1, in NumPy."""
+  t = np.array([0.1, 1.0, 5.0], np.float32)
+  n = 1 + 8 / (1 + np.exp(t))
+  np.testing.assert_allclose(
+    processes.ect_next_times(jnp.asarray(t), 4),
+    t * (1 - n / 2**5),
+    rtol=2e-6,
+  )
+
+
+def test_schedules_of_the_shortest_runs():
+  """One step in all; as many stages as steps, each a step long."""
+  assert processes.improved_ct_num_scales(0, 1, s0=1, s1=1) == 2
+  levels = processes.improved_ct_num_scales(jnp.arange(5), 3, s0=1, s1=8)
+  assert levels.tolist() == [2, 3, 5, 9, 9]
+  # One interval at least where the square root asks for less.
+  found, decay = processes.consistency_num_scales(0, 1, s0=2, s1=2)
+  assert found == 2 and abs(float(decay) - 0.9**2) < 1e-6
+
+
+def test_karras_counts_are_whole():
+  with as_user(), one_line_error("length must be given when n is an array"):
+    processes.karras_sigmas(2.5)
+
+
+def test_mean_flow_equality_is_boolean():
+  with as_user(), one_line_error("where_equal must be", TypeError):
+    processes.sample_mean_flow_times(
+      jax.random.split(jax.random.key(0), 2), where_equal=jnp.ones(2)
+    )
