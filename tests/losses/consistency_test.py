@@ -1347,3 +1347,26 @@ def test_calming_may_begin_before_the_warm_up_ends():
     50, warmup_steps=100, calm_start=0, calm_steps=100
   )
   assert float(value) == pytest.approx(0.625)
+
+
+def test_without_c_pseudo_huber_is_the_distance():
+  a = jnp.array([[0.3, 0.4], [3.0, 4.0], [0.0, 0.0]])
+  np.testing.assert_allclose(
+    losses.pseudo_huber(a, jnp.zeros_like(a), c=0.0), [0.5, 5.0, 0.0], rtol=1e-6
+  )
+
+
+def test_states_may_be_numbers_a_row_and_no_less():
+  assert losses.squared_distance(jnp.ones(3), jnp.zeros(3)).tolist() == [1] * 3
+  with helpers.as_user(), helpers.one_line_error("a must"):
+    losses.squared_distance(jnp.ones(()), jnp.zeros(()))
+
+
+def test_warmup_of_rcm_ends_at_one():
+  x = jnp.ones((2, 1))
+  call = lambda warmup: losses.rcm_tangent(
+    lambda x, angle: x, x, x, jnp.full(2, 0.5), warmup=warmup
+  )
+  call(1.0)
+  with helpers.one_line_error("warmup must be"):
+    call(1.5)

@@ -609,3 +609,11 @@ def test_conditioning_stops_where_the_pair_does(source, target):
   np.testing.assert_array_equal(ends, ask(low, high))
   assert np.all(np.isfinite(ends)) and np.all(ends > 10)
   assert np.all(ask(0.3, 0.5, 0.7) >= 1)
+
+
+def test_edges_of_the_kinds_options():
+  assert processes.EDM(rho=0.5).rho == 0.5
+  with one_line_error("sigma_max must be"):
+    processes.EDM(sigma_min=1.0, sigma_max=1.0)
+  short = processes.VariancePreserving(kind="table", angles=(0.1, 1.2))
+  assert not short.alpha_ends and not short.sigma_starts

@@ -461,3 +461,14 @@ def test_more_bad_input():
     processes.multistep_consistency(
         network, x, t, z, path=RF, sigma_floor=-1.0
     )
+
+
+def test_debug_allows_equal_times_and_short_steps():
+  velocity = lambda x, t: jnp.ones_like(x)
+  with distilljax.debug():
+    x = processes.euler(
+      velocity, jnp.zeros((2, 1)), jnp.array([1.0, 0.6, 0.6, 0.0])
+    )
+    np.testing.assert_allclose(x, -1.0, rtol=1e-6)
+    with one_line_error("times must be decreasing"):
+      processes.euler(velocity, jnp.zeros((2, 1)), jnp.array([0.5, 0.6]))
