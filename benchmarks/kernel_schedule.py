@@ -98,6 +98,40 @@ def _flash(tile, width, causal):
   )
 
 
+def shapes(chip: str, *sizes: tuple[tuple[int, ...], Any]) -> list[Any]:
+  """Abstract arrays on one device of a chip that is not here.
+
+  Args:
+    chip: a key of `tpu_bounds.TOPOLOGIES`.
+    *sizes: (shape, dtype) of the arrays.
+
+  Returns:
+    `jax.ShapeDtypeStruct`s.
+  """
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  mesh = Mesh(np.asarray(devices(chip)[:1]), ("x",))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
+
+
+@functools.cache
+def devices(chip: str) -> Any:
+  """The devices of a chip's topology; no device is needed.
+
+  Args:
+    chip: a key of `tpu_bounds.TOPOLOGIES`.
+  """
+  from jax.experimental import topologies
+
+  os.environ.update(ENVIRONMENT)
+  return topologies.get_topology_desc(
+      platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
+  ).devices
+
+
 def compile_one(
     chip: str,
     kernel: str,
@@ -120,18 +154,10 @@ def compile_one(
     The rows and columns of a block.
   """
   import jax
-  import numpy as np
-  from jax.experimental import topologies
-  from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
   from distilljax.kernels.jvp_attention import pallas_tpu
   from distilljax.kernels.jvp_attention import spec as spec_lib
 
-  described = topologies.get_topology_desc(
-      platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
-  )
-  mesh = Mesh(np.asarray(described.devices[:1]), ("x",))
-  sharding = NamedSharding(mesh, PartitionSpec())
   sizes = pallas_tpu.tile(width, 2, causal=causal)
   tile = tile or (sizes.rows, sizes.columns)
   if kernel == "jax":
@@ -143,8 +169,7 @@ def compile_one(
     )
     fn, sizes = operands(kernel, length, width)
     fn = functools.partial(fn, spec)
-  arrays = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
-  jax.jit(fn).lower(*arrays).compile()
+  jax.jit(fn).lower(*shapes(chip, *sizes)).compile()
   return list(tile)
 
 

@@ -4,8 +4,6 @@ Needs the extra `plan` (a TPU compiler, no TPU); one process at a time. Without
 `DISTILLJAX_AOT=all` only v5e is compiled.
 """
 
-import functools
-import os
 import re
 
 import jax
@@ -19,29 +17,9 @@ from distilljax import kernels
 from distilljax.kernels.jvp_attention import pallas_tpu, tpu_bounds
 from distilljax.kernels.jvp_attention import spec as spec_lib
 from tests.helpers import one_line_error
+from tests.kernels.aot import CHIPS, devices, shapes
 
 pytestmark = pytest.mark.aot
-
-CHIPS = tuple(tpu_bounds.TOPOLOGIES)
-CHIPS = CHIPS if os.environ.get("DISTILLJAX_AOT") == "all" else CHIPS[:1]
-
-
-@functools.cache
-def devices(chip):
-  pytest.importorskip("libtpu", reason="needs the extra plan")
-  from jax.experimental import topologies
-
-  os.environ.update(kernel_schedule.ENVIRONMENT)
-  return topologies.get_topology_desc(
-      platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
-  ).devices
-
-
-def shapes(chip, *sizes):
-  """Abstract arrays on one device of a chip, from (shape, dtype)."""
-  mesh = Mesh(np.asarray(devices(chip)[:1]), ("x",))
-  sharding = NamedSharding(mesh, PartitionSpec())
-  return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
 
 
 def test_there_is_a_bound_for_every_kernel_and_chip():

@@ -12,7 +12,7 @@ import pytest
 
 from distilljax import kernels
 from distilljax.kernels.linear_head import api, tpu_bounds, xla
-from tests.kernels.attention_aot_test import CHIPS, shapes
+from tests.kernels.aot import CHIPS, shapes
 
 pytestmark = pytest.mark.aot
 
