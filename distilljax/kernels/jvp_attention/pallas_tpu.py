@@ -251,7 +251,6 @@ def _dot(a, b, dims):
 
 _NT = ((1,), (1,))  # a b'
 _NN = ((1,), (0,))  # a b
-_TN = ((0,), (0,))  # a' b
 
 
 def _wide(a, width):
@@ -340,6 +339,24 @@ class _Call:
         interpret=_INTERPRET.value or False,
         name=f"jvp_attention_{name}",
     )(*self.arrays)
+
+
+def _add_rows(call, shape, name, a, q_map):
+  """Adds [B, H, N, *], padded, in blocks of rows."""
+  call.add(name, shape.pad_rows(a), (1, 1, shape.rows, a.shape[3]), q_map)
+
+
+def _add_columns(call, shape, name, a, k_map):
+  """Adds [B, H, M, *], padded, in blocks of columns."""
+  block = (1, 1, shape.columns, a.shape[3])
+  call.add(name, shape.pad_columns(a), block, k_map)
+
+
+def _inputs(call, shape, x, q_map, k_map):
+  """Adds q, k and v."""
+  _add_rows(call, shape, "q", x[0], q_map)
+  _add_columns(call, shape, "k", x[1], k_map)
+  _add_columns(call, shape, "v", x[2], k_map)
 
 
 def _masks(call, shape, spec, x, row, column, transposed):
@@ -510,20 +527,15 @@ def _by_rows(
   shape = _Shape.of(spec, x)
   q_map, k_map, row, column = _row_maps(shape)
   call = _Call()
-  d, e = x[0].shape[3], x[2].shape[3]
-  row_block = (1, 1, shape.rows, d)
-  call.add("q", shape.pad_rows(x[0]), row_block, q_map)
-  call.add("k", shape.pad_columns(x[1]), (1, 1, shape.columns, d), k_map)
-  call.add("v", shape.pad_columns(x[2]), (1, 1, shape.columns, e), k_map)
+  e = x[2].shape[3]
+  _inputs(call, shape, x, q_map, k_map)
   _masks(call, shape, spec, x, row, column, transposed=False)
   tangents = dict(zip(wrt, t))
   for letter, a in tangents.items():
     if letter == "q":
-      call.add("tq", shape.pad_rows(a), row_block, q_map)
+      _add_rows(call, shape, "tq", a, q_map)
     else:
-      width = d if letter == "k" else e
-      block = (1, 1, shape.columns, width)
-      call.add(f"t{letter}", shape.pad_columns(a), block, k_map)
+      _add_columns(call, shape, f"t{letter}", a, k_map)
   zero = np.int32(0)
   head_map = lambda b, h, i, j: (
       b, lax.div(h, np.int32(shape.groups)), zero, zero,
@@ -749,17 +761,14 @@ def _slopes(refs, spec, p, a, stat, rows, columns, wanted, transposed=False):
 def _rows_gradient(name, spec, shape, x, rows_, t):
   """dq: one kernel whose inner axis runs over the columns."""
   q_map, k_map, row, column = _row_maps(shape)
-  d, e = x[0].shape[3], x[2].shape[3]
+  d = x[0].shape[3]
   call = _Call()
-  call.add("q", shape.pad_rows(x[0]), (1, 1, shape.rows, d), q_map)
-  call.add("k", shape.pad_columns(x[1]), (1, 1, shape.columns, d), k_map)
-  call.add("v", shape.pad_columns(x[2]), (1, 1, shape.columns, e), k_map)
+  _inputs(call, shape, x, q_map, k_map)
   _masks(call, shape, spec, x, row, column, transposed=False)
   zero = np.int32(0)
   rows_.add_to(call, shape, q_map, lambda b, h, i, j: (b, h, zero, i))
   for key, a in t.items():
-    block = (1, 1, shape.columns, a.shape[3])
-    call.add(key, shape.pad_columns(a), block, k_map)
+    _add_columns(call, shape, key, a, k_map)
   padded = shape.row_blocks * shape.rows
   call.result(
       "dq", (shape.batch, shape.heads, padded, d), x[0].dtype,
@@ -832,14 +841,11 @@ def _columns_gradient(name, spec, shape, wrt, x, rows_, t):
   k_map = lambda b, h, j, r: (b, h, j, zero)
   column = lambda b, h, j, r: j
   call = _Call()
-  call.add("q", shape.pad_rows(x[0]), (1, 1, shape.rows, d), q_map)
-  call.add("k", shape.pad_columns(x[1]), (1, 1, shape.columns, d), k_map)
-  call.add("v", shape.pad_columns(x[2]), (1, 1, shape.columns, e), k_map)
+  _inputs(call, shape, x, q_map, k_map)
   _masks(call, shape, spec, x, row, column, transposed=True)
   rows_.add_to(call, shape, q_map, stat_map)
   for key, a in t.items():
-    block = (1, 1, shape.columns, a.shape[3])
-    call.add(key, shape.pad_columns(a), block, k_map)
+    _add_columns(call, shape, key, a, k_map)
   lead = (shape.batch, shape.heads // shape.groups)
   padded = shape.column_blocks * shape.columns
   widths = {c: w for c, w in (("k", d), ("v", e)) if c in wrt}
