@@ -3,6 +3,21 @@
 import ml_collections
 
 
+def run(*, log_every: int, checkpoint_every: int, keep: int) -> dict:
+  """The block `run` of every job."""
+  return {
+    "log_every": log_every,  # steps between metric lines
+    "checkpoint_every": checkpoint_every,  # steps between checkpoints
+    "keep": keep,  # checkpoints kept a stage
+    "max_skips_in_a_row": 20,  # non-finite updates before a run stops
+    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
+    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
+    "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
+    "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
+    "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
+  }
+
+
 def base(title: str, data: str, batch_size: int) -> ml_collections.ConfigDict:
   """Blocks common to all jobs, with their defaults."""
   config = ml_collections.ConfigDict()
@@ -19,17 +34,7 @@ def base(title: str, data: str, batch_size: int) -> ml_collections.ConfigDict:
   }
   config.model = {}  # kind and hyper-parameters of the zoo's network
 
-  config.run = {
-    "log_every": 50,  # steps between metric lines
-    "checkpoint_every": 500,  # steps between checkpoints
-    "keep": 2,  # checkpoints kept a stage
-    "max_skips_in_a_row": 20,  # non-finite updates before a run stops
-    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
-    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
-    "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
-    "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
-    "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
-  }
+  config.run = run(log_every=50, checkpoint_every=500, keep=2)
   config.evaluation = {
     "n": 2000,  # samples a score
     "batch": 500,  # samples at a time
@@ -256,17 +261,7 @@ def language(
   }
   config.task = task
   config.model = {}  # of networks that start from scratch, unless they say more
-  config.run = {
-    "log_every": 25,  # steps between metric lines
-    "checkpoint_every": 1000,  # steps between checkpoints
-    "keep": 1,  # checkpoints kept a stage
-    "max_skips_in_a_row": 20,  # non-finite updates before a run stops
-    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
-    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
-    "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
-    "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
-    "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
-  }
+  config.run = run(log_every=25, checkpoint_every=1000, keep=1)
   config.evaluation = {
     "n": 1000,  # held-out prompts, one completion each
     "noise_seed": 1234,  # of prompts and completions: the same for all models

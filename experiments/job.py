@@ -18,7 +18,7 @@ import numpy as np
 
 from distilljax import methods, models, processes, train
 from distilljax.train import config as config_lib
-from distilljax.train import diagnostics, report
+from distilljax.train import diagnostics, report, sharding
 from distilljax.train.hooks import Every
 from experiments import images, plane
 
@@ -199,12 +199,12 @@ def rows_of(block: Any, config: Any, name: str, devices: int) -> int:
   batch_size = block.get("batch_size") or config.data.batch_size
   accumulation = block.get("accumulation") or 1
   unit = devices * accumulation
-  nearest = max(1, round(batch_size / unit)) * unit
   if batch_size % unit:
     times = f" x accumulation {accumulation}" if accumulation > 1 else ""
     raise ValueError(
       f"config: {name}: batch size must be divisible by {devices} devices"
-      f"{times}, got {batch_size}; nearest: {nearest}"
+      f"{times}, got {batch_size}; nearest:"
+      f" {sharding.nearest_multiple(batch_size, unit)}"
     )
   return batch_size
 

@@ -417,10 +417,9 @@ def output_head(params: Params) -> jax.Array:
   Raises:
     ValueError: parameters of another network.
   """
-  if "lm_head" in params:
-    return params["lm_head"]["kernel"]
-  if "embed_tokens" not in params:
+  if not {"lm_head", "embed_tokens"} & set(params):
     _checks.fail(
         "output_head", "params", "those of a 'transformer'", sorted(params)
     )
-  return params["embed_tokens"]["weight"].T
+  head = Transformer.linear_head(params)
+  return head.kernel.T if head.tied else head.kernel

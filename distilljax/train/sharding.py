@@ -16,6 +16,7 @@ divides. Vectors and arrays below `SMALL` numbers are never cut: gathering them
 would cost more than it saves.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -127,6 +128,7 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape.get(a, 1) for a in ("data", "fsdp"))
 
 
+@functools.cache
 def row_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """Which part of every batch this process has to bring.
 

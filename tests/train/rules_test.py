@@ -13,6 +13,7 @@ from distilljax import models, train
 from distilljax.models import axes
 from distilljax.train import sharding
 from tests import helpers
+from tests.train import toy
 
 VOCAB, LENGTH = 16, 4
 CUT = "fsdp+tensor"
@@ -71,17 +72,11 @@ def method(kind):
     kl = jnp.sum(kl, -1) * (1 + 0.1 * noise)
     return {"kl": train.mean(kl, batch["where"])}, {}
 
-  return train.Method(
-    name="toy",
-    paper="arXiv:0000.00000",
-    networks={
-      "student": train.Trained(),
-      "teacher": train.Frozen(),
-      "ema": train.Ema(of="student", decay=0.9),
-    },
+  whole = toy.method()
+  return whole._replace(
+    networks={k: r for k, r in whole.networks.items() if k != "critic"},
     losses={"student": student},
     schedule=train.Schedule(cycle=(("student",),)),
-    sample=lambda params, inputs, key, *, steps: inputs,
   )
 
 
