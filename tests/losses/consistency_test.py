@@ -1370,3 +1370,11 @@ def test_warmup_of_rcm_ends_at_one():
   call(1.0)
   with helpers.one_line_error("warmup must be"):
     call(1.5)
+
+
+def test_a_float32_quarter_turn_is_an_angle():
+  """It is a little more than pi / 2."""
+  x, angle = jnp.ones((2, 1)), jnp.full(2, np.pi / 2, jnp.float32)
+  with distilljax.debug():
+    f, _ = losses.rcm_tangent(lambda x, angle: x, x, x, angle)
+  assert f.tolist() == [[1.0]] * 2

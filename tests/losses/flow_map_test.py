@@ -1515,3 +1515,17 @@ def test_defaults_are_what_the_docstrings_say():
 def test_whole_numbers_are_refused(call, name):
   with helpers.as_user(), helpers.one_line_error(f"{name} must be", TypeError):
     call(jnp.array([1, 0]))
+
+
+def test_velocity_distillation_keeps_its_points_on_the_path():
+  """Its default, where the step would leave [0, 1]."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  x, v = (jax.random.normal(k, (2, 2)) for k in keys)
+  t = jnp.array([0.004, 0.5])
+  field = lambda x, t: jnp.sin(3 * x) * (1 + t**2)[:, None]
+  default, kept, left = (
+    np.asarray(losses.velocity_distillation_direction(field, x, v, t, **more))
+    for more in ({}, {"clamp": True}, {"clamp": False})
+  )
+  np.testing.assert_array_equal(default, kept)
+  assert np.any(default[0] != left[0])

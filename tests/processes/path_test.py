@@ -582,7 +582,8 @@ def test_both_ends_of_the_other_variables():
   np.testing.assert_allclose(
     trig.t_from_angle(quarters), [0, 0.5, 1], rtol=1e-6
   )
-  assert float(trig.t_from_angle(0.2)) == pytest.approx(0.4 / np.pi)
+  for angle in (0.2, 1.5):
+    assert float(trig.t_from_angle(angle)) == pytest.approx(2 * angle / np.pi)
   assert float(edm.at_sigma(0.5).sigma) == 0.5
   assert float(edm.t_from_sigma(0.5)) > 0
   for bad in (-0.1, 1.58):

@@ -510,3 +510,23 @@ def test_mean_flow_equality_is_boolean():
     processes.sample_mean_flow_times(
       jax.random.split(jax.random.key(0), 2), where_equal=jnp.ones(2)
     )
+
+
+def test_consistency_schedule_is_its_formula():
+  k, s0, s1, total = np.arange(11), 3, 8, 10
+  root = np.sqrt(k / total * ((s1 + 1) ** 2 - s0**2) + s0**2)
+  levels, _ = processes.consistency_num_scales(
+    jnp.arange(11), total, s0=s0, s1=s1
+  )
+  assert levels.tolist() == (np.ceil(root - 1) + 1).astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+  "sample",
+  [processes.sample_mean_flow_times, processes.sample_logit_normal_times],
+)
+def test_a_deviation_may_be_small(sample):
+  keys = jax.random.split(jax.random.key(0), 4)
+  narrow = sample(keys, mean=0.0, std=0.01)
+  narrow = narrow[0] if isinstance(narrow, tuple) else narrow
+  assert np.all(np.abs(np.asarray(narrow) - 0.5) < 0.02)
