@@ -151,6 +151,24 @@ def dmd2_images(steps: int) -> dict:
   )
 
 
+def dmd2_gan_images(steps: int, weight: float) -> dict:
+  """DMD2 with its GAN on the critic's bottleneck, for small images.
+
+  Args:
+    steps: steps of the stage.
+    weight: lambda_G; the critic's weight is three times that.
+  """
+  block = dmd2_images(steps)
+  block["networks"]["critic"]["head_width"] = 64
+  block["hyper"].update(
+    gan_weight=weight,
+    gan_critic_weight=3 * weight,
+    gan_shares_noise=True,
+    gan_t_max=0.98,
+  )
+  return block
+
+
 def mean_flow_images(steps: int) -> dict:
   """MeanFlow distilled from the stage "teacher", for small images."""
   return stage(

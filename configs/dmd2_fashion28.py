@@ -25,7 +25,6 @@ def get_config(arg=None):
   config.stages = ("teacher", "student")
   if not arg.runlocal:
     config.data.name = "fashion28"
-    config.teacher = base.image_teacher(10000, 1e-3)
-    config.run.checkpoint_every = 500
-  config.student = base.dmd2_images(20 if arg.runlocal else 5000)
+    config.teacher = base.image_teacher(3000, 2e-3)
+  config.student = base.dmd2_gan_images(20 if arg.runlocal else 1500, 0.1)
   return config

@@ -25,14 +25,6 @@ def get_config(arg=None):
     seed=arg.seed,
   )
   config.stages = ("teacher", "student")
-  config.student = base.dmd2_images(20 if arg.runlocal else arg.steps)
-  config.student.networks.critic.head_width = 64
-  config.student.hyper.update(
-    {
-      "gan_weight": arg.gan,
-      "gan_critic_weight": 3 * arg.gan,
-      "gan_shares_noise": True,
-      "gan_t_max": 0.98,
-    }
-  )
+  steps = 20 if arg.runlocal else arg.steps
+  config.student = base.dmd2_gan_images(steps, arg.gan)
   return config
