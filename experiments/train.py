@@ -4,13 +4,13 @@ python -m experiments.train --config=configs/dmd2_fashion14.py --workdir=/tmp/x
 Overrides: --config.student.steps=500. The same command resumes.
 """
 
-from experiments import launch
+from experiments import entry
 
 
 def main(argv: list[str], overrides: list[str]) -> None:
   """Reads flags, claims the folder, runs."""
-  launch.main("experiments.train", "experiments.job", argv, overrides)
+  entry.main("experiments.train", "experiments.job", argv, overrides)
 
 
 if __name__ == "__main__":
-  launch.run(main)
+  entry.run(main)

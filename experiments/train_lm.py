@@ -4,15 +4,15 @@ python -m experiments.train_lm --config=configs/opd_chain.py --workdir=/tmp/x
 Overrides: --config.opd.steps=500. The same command resumes.
 """
 
-from experiments import launch
+from experiments import entry
 
 
 def main(argv: list[str], overrides: list[str]) -> None:
   """Reads flags, claims the folder, runs."""
-  launch.main(
+  entry.main(
     "experiments.train_lm", "experiments.language_job", argv, overrides
   )
 
 
 if __name__ == "__main__":
-  launch.run(main)
+  entry.run(main)

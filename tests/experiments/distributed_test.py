@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distilljax import train
-from experiments import launch
+from experiments import entry
 from tests import helpers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,7 +38,7 @@ SECONDS = 60
   ],
 )
 def test_auto_looks_for_several_processes(environment, expected):
-  assert launch.in_cluster(environment) == expected
+  assert entry.in_cluster(environment) == expected
 
 
 def test_joining_only_when_asked_and_failing_in_one_line(monkeypatch):
@@ -50,24 +50,24 @@ def test_joining_only_when_asked_and_failing_in_one_line(monkeypatch):
       raise ValueError("coordinator_address should be defined.\nmore")
 
   monkeypatch.setattr("jax.distributed.initialize", initialize)
-  for name in (*launch._SIZES, *launch._OTHERS, "JAX_PROCESS_ID"):
+  for name in (*entry._SIZES, *entry._OTHERS, "JAX_PROCESS_ID"):
     monkeypatch.delenv(name, raising=False)
-  launch.join("auto")
-  launch.join("off")
+  entry.join("auto")
+  entry.join("off")
   assert not calls
   with helpers.one_line_error("--distributed=on: joining.*be defined"):
-    launch.join("on")
+    entry.join("on")
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
   monkeypatch.setenv("JAX_PROCESS_ID", "1")
-  launch.join("auto")
+  entry.join("auto")
   assert calls[-1] == {
     "coordinator_address": "host:1",
     "num_processes": 2,
     "process_id": 1,
-    "heartbeat_timeout_seconds": launch.HEARTBEAT_SECONDS,
+    "heartbeat_timeout_seconds": entry.HEARTBEAT_SECONDS,
   }
-  launch.join("off")
+  entry.join("off")
   assert len(calls) == 2
 
 

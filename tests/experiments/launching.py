@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from distilljax import train
-from experiments import launch
+from experiments import entry
 from tests import helpers
 
 
@@ -29,7 +29,7 @@ def signals():
 def command(launcher, capsys, *arguments):
   """Runs a launcher's main in this process: (exit code, stdout, stderr)."""
   name = launcher.__name__.rpartition(".")[2]
-  rest, overrides = launch.split_overrides([name, *arguments])
+  rest, overrides = entry.split_overrides([name, *arguments])
   flags.FLAGS.unparse_flags()
   argv = flags.FLAGS(rest)
   before = jax.config.jax_compilation_cache_dir

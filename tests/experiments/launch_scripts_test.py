@@ -9,10 +9,10 @@ from absl import flags
 
 from distilljax.train import config as config_lib
 from distilljax.train import sharding
-from experiments import launch
+from experiments import entry
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDER = ROOT / "experiments" / "clusters"
+FOLDER = ROOT / "experiments" / "launch"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
 FILES = [*SCRIPTS, FOLDER / "jobset.yaml"]
 
@@ -49,7 +49,7 @@ def test_flags_are_the_launchers(file):
     "distributed",
     "workdir",
   ]
-  rest, overrides = launch.split_overrides(
+  rest, overrides = entry.split_overrides(
     [f"--{k}={v}" for k, v in given.items()]
   )
   assert overrides == [f"run.rules={given['config.run.rules']}"]

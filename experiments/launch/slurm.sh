@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run on GPU nodes under Slurm: a process a node, all its GPUs.
-# Edit the block and `sbatch experiments/clusters/slurm.sh` from the checkout.
+# Edit the block and `sbatch experiments/launch/slurm.sh` from the checkout.
 #SBATCH --job-name=distilljax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
