@@ -8,7 +8,8 @@ stay plain nested dicts. The names:
 * `vocab`: entries of a vocabulary.
 
 An axis without a name is never cut. Names belong to the last axes of an array,
-so that a stack of layers [depth, ...] needs no entry of its own.
+so that the matrices of a stack of layers [depth, ...] need no entry of their
+own; its vectors have one, since a stack of vectors looks like a matrix.
 """
 
 import re
@@ -19,6 +20,9 @@ AxisNames = tuple[str | None, ...]
 AxisTable = Sequence[tuple[str, AxisNames]]
 
 AXES: AxisTable = (
+  # vectors of a stack of layers
+  (r"blocks/\w+/bias", (None,)),
+  (r"(input_layernorm|post_attention_layernorm|[qk]_norm)/weight", (None,)),
   # "transformer"
   (r"embed_tokens/weight", ("vocab", "embed")),
   (r"lm_head/kernel", ("embed", "vocab")),
@@ -28,7 +32,7 @@ AXES: AxisTable = (
   (r"mlp/down_proj/kernel", ("mlp", "embed")),
   # "dit"
   (r"qkv/kernel", ("embed", "heads")),
-  (r"block_\d+/out/kernel", ("heads", "embed")),
+  (r"(block_\d+|blocks)/out/kernel", ("heads", "embed")),
   (r"mlp_in/kernel", ("embed", "mlp")),
   (r"mlp_out/kernel", ("mlp", "embed")),
   # "dit" and "unet"

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from distilljax import _checks, kernels
+from distilljax import _checks
 from distilljax.models import layers
 from distilljax.models.time_embedding import Conditioning
 
@@ -27,7 +27,7 @@ class _Block(nnx.Module):
     h = layers.modulate(layers.normalize(x, groups=1), scale, shift)
     q, k, v = jnp.split(self.qkv(h), 3, axis=-1)
     split = lambda a: a.reshape(b, n, self.heads, width // self.heads)
-    h = kernels.attention(split(q), split(k), split(v)).reshape(b, n, width)
+    h = layers.attention(split(q), split(k), split(v)).reshape(b, n, width)
     x = x + gate[:, None] * self.out(h)
     h = layers.modulate(layers.normalize(x, groups=1), scale_2, shift_2)
     h = self.mlp_out(nnx.gelu(self.mlp_in(h)))
@@ -58,6 +58,9 @@ class DiT(nnx.Module):
     max_frequency: highest time frequency, radians.
     remat: what of a block is kept for the backward pass: "none" (everything),
       "dots" or "block", see `layers.rematerialize`.
+    scan_layers: whether the blocks are one compiled loop over parameters with a
+      leading axis [depth], `blocks` in the place of `block_0`, `block_1`, ...:
+      the same numbers, and a compile time that does not grow with the depth.
     rngs: NNX random streams.
 
   References:
@@ -77,6 +80,7 @@ class DiT(nnx.Module):
       second_time: bool = False,
       max_frequency: float = 10.0,
       remat: str = "none",
+      scan_layers: bool = False,
       rngs: layers.Draws | nnx.Rngs,
   ):
     if width % 4 or width % heads:
@@ -97,11 +101,36 @@ class DiT(nnx.Module):
         rngs=rngs,
     )
     self.stem = layers.Linear(patch**2 * in_channels, width, rngs=rngs)
-    for i in range(depth):
-      setattr(self, f"block_{i}", _Block(width, heads, rngs=rngs))
+    self.scan_layers = scan_layers
+    blocks = [_Block(width, heads, rngs=rngs) for _ in range(depth)]
+    if scan_layers:
+      self.blocks = layers.stack(blocks)
+    else:
+      for i, block in enumerate(blocks):
+        setattr(self, f"block_{i}", block)
     self.modulation = layers.Linear(width, 2 * width, zero=True, rngs=rngs)
     self.head = layers.Linear(
         width, patch**2 * in_channels, zero=True, rngs=rngs
+    )
+
+  def _blocks(self, h, c, features):
+    """Tokens after all blocks, and after the middle one where it is asked."""
+    chosen = self.depth // 2
+    if not self.scan_layers:
+      for i in range(self.depth):
+        block = layers.rematerialize(getattr(self, f"block_{i}"), self.remat)
+        h = block(layers.cut_rows(h), c)
+        if i == chosen:
+          middle = h
+      return h, middle
+
+    def call(block, i, carry):
+      h, middle = carry
+      h = block(layers.cut_rows(h), c)
+      return h, jnp.where(i == chosen, h, middle) if features else None
+
+    return layers.scan(
+        self.blocks, call, (h, h if features else None), remat=self.remat
     )
 
   def __call__(self, x, t, *, label=None, r=None, features=False):
@@ -116,11 +145,7 @@ class DiT(nnx.Module):
     h = self.stem(h.reshape(b, rows * columns, -1))
     position = layers.position_embedding(rows, columns, self.width)
     h = h + position.astype(dtype)[None]
-    for i in range(self.depth):
-      block = layers.rematerialize(getattr(self, f"block_{i}"), self.remat)
-      h = block(layers.cut_rows(h), c)
-      if i == self.depth // 2:
-        middle = h
+    h, middle = self._blocks(h, c, features)
     scale, shift = jnp.split(self.modulation(c), 2, axis=-1)
     h = self.head(layers.modulate(layers.normalize(h, groups=1), scale, shift))
     out = _checks.at_least_float32(

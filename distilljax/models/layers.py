@@ -5,8 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from distilljax import _checks
+from distilljax import _checks, kernels
 
 
 def conv2d(x, kernel, *, stride: int = 1, implementation: str = "native"):
@@ -65,19 +66,70 @@ def cut_rows(x):
     x, its rows cut over the mesh axes `data` and `fsdp` where there are such
     (`train.make_step` puts them in context) and they divide the rows.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  automatic = jax.sharding.AxisType.Auto
-  names = tuple(
-      name
-      for name, kind in zip(mesh.axis_names, mesh.axis_types)
-      if name in ("data", "fsdp") and kind == automatic
-  )
-  parts = math.prod(mesh.shape[name] for name in names)
-  if parts == 1 or x.shape[0] % parts:
+  names = _row_axes()
+  if not names or x.shape[0] % _parts(names):
     return x
-  return jax.lax.with_sharding_constraint(
-      x, jax.sharding.PartitionSpec(names)
-  )
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(names))
+
+
+def _automatic(*names):
+  """Those of these mesh axes over which the compiler cuts arrays."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  automatic = jax.sharding.AxisType.Auto
+  return tuple(
+      name for name in names
+      if kinds.get(name) == automatic and mesh.shape[name] > 1
+  )  # fmt: skip
+
+
+def _row_axes():
+  return _automatic("data", "fsdp")
+
+
+def _parts(names):
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[name] for name in names)
+
+
+def attention(q, k, v, **options):
+  """`kernels.attention`, every device with its own rows and heads.
+
+  A kernel is a program of one device, which no compiler can cut, and the blocks
+  of "xla" are sized by what one device has. So inside a train step the rows
+  are cut over its mesh axes `data` and `fsdp`, and the heads over `tensor`, by
+  hand.
+
+  Args:
+    q: queries. Shape [b, n, h, d].
+    k: keys. Shape [b, m, h_kv, d].
+    v: values. Shape [b, m, h_kv, e].
+    **options: of `kernels.attention`; ids of segments are cut as rows are.
+
+  Returns:
+    As `kernels.attention`; whole where the mesh does not divide rows or heads.
+  """
+  names = _row_axes()
+  rows = names if names and q.shape[0] % _parts(names) == 0 else ()
+  names = _automatic("tensor")
+  divides = q.shape[2] % _parts(names) == 0 == k.shape[2] % _parts(names)
+  heads = names if divides else ()
+  cut = {*rows, *heads}
+  if not cut:
+    return kernels.attention(q, k, v, **options)
+  spec = PartitionSpec(rows or None, None, heads or None)
+  ids = [n for n in ("q_segment_ids", "kv_segment_ids") if n in options]
+  rest = {k: v for k, v in options.items() if k not in ids}
+
+  def local(q, k, v, *values):
+    return kernels.attention(q, k, v, **rest, **dict(zip(ids, values)))
+
+  return jax.shard_map(
+      local,
+      in_specs=(spec,) * 3 + (PartitionSpec(rows or None),) * len(ids),
+      out_specs=spec,
+      axis_names=cut,
+  )(q, k, v, *(options[n] for n in ids))
 
 
 # What the backward pass of a block finds of its forward pass.
@@ -88,13 +140,15 @@ REMAT = {
 }
 
 
-def rematerialize(fn, remat: str):
+def rematerialize(fn, remat: str, *, loop: bool = False):
   """`fn` whose activations are computed again in the backward pass.
 
   Args:
     fn: a block: a function of arrays.
     remat: "none" keeps every activation; "dots" the results of products with
       parameters; "block" the arguments of `fn` only, at one more forward pass.
+    loop: whether `fn` is the body of a scan, where the compiler cannot undo the
+      second forward pass and need not be kept from it.
 
   Returns:
     A function with the same values and derivatives.
@@ -105,10 +159,52 @@ def rematerialize(fn, remat: str):
   policies = jax.checkpoint_policies
   return jax.checkpoint(
       fn,
+      prevent_cse=not loop,
       policy=policies.dots_with_no_batch_dims_saveable
       if remat == "dots"
       else policies.nothing_saveable,
   )
+
+
+def stack(blocks):
+  """Equal modules as one, whose parameters have a leading axis of layers."""
+  parts = [nnx.split(block, nnx.Param, ...) for block in blocks]
+  graphdef, _, others = parts[0]
+  params = jax.tree.map(lambda *x: jnp.stack(x), *(p for _, p, _ in parts))
+  return nnx.merge(graphdef, params, others)
+
+
+def layer(blocks, i: int):
+  """Module number `i` of a stack made by `stack`."""
+  graphdef, params, others = nnx.split(blocks, nnx.Param, ...)
+  return nnx.merge(graphdef, jax.tree.map(lambda x: x[i], params), others)
+
+
+def scan(blocks, call, carry, *, remat: str = "none"):
+  """Runs a stack of modules one after the other, as one compiled loop.
+
+  Args:
+    blocks: made by `stack`.
+    call: (block, number of the layer, carry) -> carry.
+    carry: arrays that go from layer to layer.
+    remat: see `rematerialize`.
+
+  Returns:
+    The carry after the last layer.
+  """
+  graphdef, params, others = nnx.split(blocks, nnx.Param, ...)
+
+  def step(params, i, carry):
+    return call(nnx.merge(graphdef, params, others), i, carry)
+
+  step = rematerialize(step, remat, loop=True)
+  depth = jax.tree.leaves(params)[0].shape[0]
+  numbers = jnp.arange(depth, dtype=jnp.int32)
+  return jax.lax.scan(
+      lambda carry, layer: (step(layer[0], layer[1], carry), None),
+      carry,
+      (params, numbers),
+  )[0]
 
 
 class Draws:

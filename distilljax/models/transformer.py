@@ -108,10 +108,10 @@ class _Attention(nnx.Module):
   def _whole(self, q, k, v, where):
     """Attention over a sequence without a cache: `where` [b, l], or None."""
     if where is None:
-      return kernels.attention(q, k, v, causal=True)
+      return layers.attention(q, k, v, causal=True)
     # Padding is a segment that no query is in.
     ids = jnp.where(where, 0, 1).astype(jnp.int32)
-    return kernels.attention(
+    return layers.attention(
         q, k, v, causal=True, q_segment_ids=jnp.zeros_like(ids),
         kv_segment_ids=ids,
     )  # fmt: skip
@@ -223,6 +223,10 @@ class Transformer(nnx.Module):
     tied: whether the head is the embedding, transposed.
     remat: what of a block is kept for the backward pass: "none" (everything),
       "dots" or "block", see `layers.rematerialize`.
+    scan_layers: whether the blocks are one compiled loop over parameters with a
+      leading axis [depth], `layers` in the place of `layers/0`, `layers/1` and
+      so on: the same numbers, and a compile time that does not grow with the
+      depth (with a cache the blocks stand one after the other all the same).
     rngs: NNX random streams.
 
   References:
@@ -244,6 +248,7 @@ class Transformer(nnx.Module):
       qk_norm: bool = True,
       tied: bool = True,
       remat: str = "none",
+      scan_layers: bool = False,
       rngs: layers.Draws | nnx.Rngs,
   ):
     name = "Transformer"
@@ -277,7 +282,8 @@ class Transformer(nnx.Module):
     # The sum of 2 * depth branches starts as large as one of them.
     std = (2 * depth) ** -0.5
     self.embed_tokens = _Embedding(vocab_size, width, rngs=rngs)
-    self.layers = nnx.List([
+    self.depth, self.scan_layers = depth, scan_layers
+    blocks = [
         _Block(
             width,
             3 * width if mlp_width is None else mlp_width,
@@ -290,7 +296,8 @@ class Transformer(nnx.Module):
             qk_norm=qk_norm,
         )
         for _ in range(depth)
-    ])
+    ]
+    self.layers = layers.stack(blocks) if scan_layers else nnx.List(blocks)
     self.norm = _RMSNorm(width, eps=norm_eps)
     if not tied:
       self.lm_head = _Dense(width, vocab_size, std=width**-0.5, rngs=rngs)
@@ -304,13 +311,25 @@ class Transformer(nnx.Module):
 
   def _empty(self, b: int, size: int, dtype) -> KVCache:
     shape = (b, self.kv_heads, size, self.head_dim)
-    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in self.layers)
+    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(self.depth))
     return KVCache(
         empty(),
         empty(),
         jnp.zeros((b, size), bool),
         jnp.zeros((), jnp.int32),
     )
+
+  def _blocks(self, h, cos, sin, allowed):
+    """All blocks, without a cache."""
+    if self.scan_layers:
+      call = lambda block, i, h: block(
+          layers.cut_rows(h), cos, sin, allowed, None, None
+      )[0]
+      return layers.scan(self.layers, call, h, remat=self.remat)
+    for block in self.layers:
+      block = layers.rematerialize(block, self.remat)
+      h, _ = block(layers.cut_rows(h), cos, sin, allowed, None, None)
+    return h
 
   def __call__(
       self,
@@ -370,15 +389,17 @@ class Transformer(nnx.Module):
     )
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     h = self.embed_tokens(tokens)
-    keys, values = [], []
-    for i, block in enumerate(self.layers):
-      kv = None if cache is None else (cache.keys[i], cache.values[i])
-      h = layers.cut_rows(h)
-      if cache is None:
-        block = layers.rematerialize(block, self.remat)
-      index = None if cache is None else cache.index
-      h, kv = block(h, cos, sin, allowed, kv, index)
-      if kv is not None:
+    if cache is None:
+      h = self._blocks(h, cos, sin, allowed)
+    else:
+      keys, values = [], []
+      for i in range(self.depth):
+        block = (
+            layers.layer(self.layers, i) if self.scan_layers else self.layers[i]
+        )
+        kv = (cache.keys[i], cache.values[i])
+        h = layers.cut_rows(h)
+        h, kv = block(h, cos, sin, allowed, kv, cache.index)
         keys.append(kv[0])
         values.append(kv[1])
     h = self.norm(layers.cut_rows(h))
