@@ -596,7 +596,7 @@ def test_a_list_falls_back_with_one_warning(monkeypatch):
 
 def test_a_default_that_cannot_be_lowered_falls_back(monkeypatch):
   monkeypatch.setattr(spec, "_WARNED", set())
-  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  monkeypatch.setattr(api.platform, "platform", lambda: "tpu")
   q = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
   run = jax.jit(lambda q: kernels.attention(q, q, q))
   with pytest.warns(UserWarning, match="falls back to 'xla': implementation"
@@ -607,10 +607,10 @@ def test_a_default_that_cannot_be_lowered_falls_back(monkeypatch):
 
 
 def test_on_a_tpu_the_kernels_are_first(monkeypatch):
-  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  monkeypatch.setattr(api.platform, "platform", lambda: "tpu")
   q = jnp.ones((1, 2, 1, 64))
   assert api._choose("attention", None, q, q) == "pallas_tpu"
-  monkeypatch.setattr(api, "_platform", lambda: "gpu")
+  monkeypatch.setattr(api.platform, "platform", lambda: "gpu")
   assert api._choose("attention", None, q, q) == "xla"
 
 

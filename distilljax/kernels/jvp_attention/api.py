@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from distilljax import _checks
+from distilljax.kernels import platform
 from distilljax.kernels.jvp_attention import primitives, reference
 from distilljax.kernels.jvp_attention import spec as spec_lib
 from distilljax.typing import Array, Float, Int, Number
@@ -22,18 +23,6 @@ DEFAULTS = {
 _HEAD_WIDTHS = (64, 128, 256)
 
 Implementation = str | Sequence[str] | None
-
-
-def _platform() -> str:
-  """That of the mesh in use, or of the default device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  described = getattr(mesh, "abstract_device", None)
-  if described is not None:
-    return described.platform
-  device = jax.config.jax_default_device
-  if device is not None:
-    return getattr(device, "platform", device)
-  return jax.default_backend()
 
 
 def _cannot(name: str, q: Any, v: Any) -> tuple[str, str, Any] | None:
@@ -65,7 +54,7 @@ def _cannot(name: str, q: Any, v: Any) -> tuple[str, str, Any] | None:
 def _choose(fn: str, implementation: Implementation, q: Any, v: Any) -> str:
   """The first implementation that can do the case."""
   if implementation is None:
-    order = DEFAULTS.get(_platform(), ("xla",))
+    order = DEFAULTS.get(platform.platform(), ("xla",))
   elif isinstance(implementation, str):
     order = (implementation,)
   else:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from distilljax import _checks
+from distilljax.kernels import platform
 from distilljax.kernels.linear_head import primitives, xla
 from distilljax.typing import Array, Float, Int
 
@@ -489,7 +490,7 @@ def _plan(
     outputs.add("loss")
   chunk = chunk_size
   if chunk is None:
-    cpu = jax.default_backend() == "cpu"
+    cpu = platform.platform() == "cpu"
     chunk = (CPU_CHUNKS if cpu else CHUNKS)["reference" in sizes]
   order = ("loss", "lse", "entropy", "picks", "tempered", "rest")
   spec = xla.Spec(
