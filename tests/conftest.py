@@ -2,12 +2,25 @@
 
 import gc
 import os
+import pathlib
+import time
 
 # Before JAX starts: 8 host devices cost nothing and serve the sharding tests.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _program_cache() -> pathlib.Path:
+  """Folder of compiled programs: for both workers, children and later runs."""
+  own = os.environ.get("DISTILLJAX_CACHE") or "~/.cache/distilljax"
+  return pathlib.Path(own, "test_programs").expanduser()
+
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_program_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jaxtyping
 
@@ -25,6 +38,19 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("distilljax")
+
+
+def pytest_configure(config):
+  # A killed child may leave half a program, which is then compiled anew.
+  config.addinivalue_line(
+    "filterwarnings", "ignore:Error reading persistent compilation cache"
+  )
+  if hasattr(config, "workerinput"):
+    return
+  month_ago = time.time() - 30 * 86400
+  for file in _program_cache().glob("*-cache"):
+    if file.stat().st_mtime < month_ago:
+      file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

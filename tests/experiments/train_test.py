@@ -172,6 +172,7 @@ def test_another_config_is_refused(finished, capsys):
   assert "holds a run of another config (seed: 0 there, 1 now)" in err
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_in_the_same_bits(finished, tmp_path):
   """SIGTERM in the middle; the sha of the summary equals the whole run's."""
   folder, _ = finished

@@ -25,7 +25,8 @@ def with_plain_attention(monkeypatch, fn, *args):
     return jax.jit(lambda *args: fn(*args))(*args)
 
 
-def test_a_dit_trains_by_mean_flow_as_with_einsum(monkeypatch):
+def mean_flow_step():
+  """A DiT's parameters and the loss and gradient of MeanFlow."""
   network = models.make(
       "dit", jax.random.key(0), width=16, heads=2, depth=1, patch=4,
       second_time=True,
@@ -45,12 +46,18 @@ def test_a_dit_trains_by_mean_flow_as_with_einsum(monkeypatch):
     # Without the adaptive weight the gradient keeps its size.
     return losses.mean_flow_loss(u, x, v, t, r, norm_p=0.0).sum()
 
-  step = jax.jit(jax.value_and_grad(loss)).lower(params)
-  assert counts_in(step) == some(fused=1, bwd=1)
-  close(
-      step.compile()(params),
-      with_plain_attention(monkeypatch, jax.value_and_grad(loss), params),
-  )
+  return params, jax.value_and_grad(loss)
+
+
+def test_mean_flow_of_a_dit_is_one_kernel_each_way():
+  params, step = mean_flow_step()
+  assert counts_in(jax.jit(step).lower(params)) == some(fused=1, bwd=1)
+
+
+@pytest.mark.slow
+def test_a_dit_trains_by_mean_flow_as_with_einsum(monkeypatch):
+  params, step = mean_flow_step()
+  close(jax.jit(step)(params), with_plain_attention(monkeypatch, step, params))
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def saved_bytes(kind, remat):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+  "kind", ["dit", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_remat_needs_less_memory(kind):
   none, dots, block = (saved_bytes(kind, r) for r in ("none", "dots", "block"))
   assert block < dots < none

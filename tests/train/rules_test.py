@@ -188,6 +188,7 @@ def test_cut_states_change_no_number_keep_their_places_and_are_donated(caplog):
   assert not frozen["teacher"]["up"].is_deleted()
 
 
+@pytest.mark.slow
 def test_each_network_has_a_rule_and_a_frozen_one_a_dtype():
   rules = {"student": "dp", "ema": "fsdp", "teacher": CUT}
   step = made(mesh(4, 2, 2), rules, frozen_dtype=jnp.bfloat16)
@@ -237,6 +238,7 @@ def test_a_cut_state_is_smaller():
   assert sizes[0] - sizes[1] == 4 * matrices * 3 // 4
 
 
+@pytest.mark.slow
 def test_matrices_are_gathered_and_rows_stay():
   """The compiled step of a transformer computes no row twice."""
   step = made(mesh(4, 4), "fsdp", kind="transformer")
