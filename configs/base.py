@@ -13,6 +13,7 @@ def run(*, log_every: int, checkpoint_every: int, keep: int) -> dict:
     "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
     "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
     "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
+    "unroll": True,  # micro-batches as a Python loop; False saves memory
     "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
     "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie
   }

@@ -19,6 +19,7 @@ _SUBPACKAGES = (
     "methods",
     "models",
     "oracles",
+    "plan",
     "processes",
     "train",
 )

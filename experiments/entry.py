@@ -42,7 +42,18 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
   return [a for a in argv if not a.startswith(prefix)], overrides
 
 
-def _stop(message: str, code: int) -> None:
+def config_flag() -> str | None:
+  """What `--config` says."""
+  return _CONFIG.value
+
+
+def stop(message: str, code: int) -> None:
+  """Ends the process with one line.
+
+  Args:
+    message: the line.
+    code: exit status.
+  """
   print(message, file=sys.stderr, flush=True)
   sys.stdout.flush()
   sys.exit(code)
@@ -135,9 +146,9 @@ def main(
   """
   logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
-    _stop(f"unknown argument {argv[1]!r}; flags begin with --", 2)
+    stop(f"unknown argument {argv[1]!r}; flags begin with --", 2)
   if not _CONFIG.value or not _WORKDIR.value:
-    _stop("give --config=configs/<name>.py and --workdir=<folder>", 2)
+    stop("give --config=configs/<name>.py and --workdir=<folder>", 2)
 
   def interrupted(number, frame):
     del frame
@@ -180,11 +191,11 @@ def main(
     print(f"error: {e}", file=sys.stderr, flush=True)
     os._exit(1)
   except train.Interrupted as e:
-    _stop(str(e), 0 if e.signum == signal.SIGTERM else 130)
+    stop(str(e), 0 if e.signum == signal.SIGTERM else 130)
   except (train.SaveError, train.Diverged, ValueError, OSError) as e:
     if "\n" in str(e):
       raise
-    _stop(f"error: {e}", 1)
+    stop(f"error: {e}", 1)
 
 
 def run(run_main: Callable[[list[str], list[str]], None]) -> None:

@@ -61,6 +61,7 @@ def build(
   config: Any,
   log: Callable[[str], None] = print,
   mesh: jax.sharding.Mesh | None = None,
+  problem: Any = None,
 ) -> Job:
   """Checks a config and makes its stages; nothing is trained.
 
@@ -68,6 +69,7 @@ def build(
     config: a config of `configs/`.
     log: gets one line for everything a person should know.
     mesh: that the batch must divide over; None is that of the config.
+    problem: in the place of what `config.data` names.
 
   Raises:
     ValueError: one line for the first thing that cannot be.
@@ -75,11 +77,13 @@ def build(
   mesh = make_mesh(config.run) if mesh is None else mesh
   devices = train.row_parts(mesh)
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
-  name = config.data.name
-  problem_class = (
-    plane.PlaneProblem if name in plane.MIXTURES else images.ImageProblem
-  )
-  problem = problem_class(config.data, config.evaluation, log)
+  if problem is None:
+    problem_class = (
+      plane.PlaneProblem
+      if config.data.name in plane.MIXTURES
+      else images.ImageProblem
+    )
+    problem = problem_class(config.data, config.evaluation, log)
   stages = []
   for stage_name in config.stages:
     if stage_name not in config:
@@ -182,6 +186,7 @@ def step_options(block: Any, run: Any, method: train.Method) -> dict[str, Any]:
   dtypes = {"float32": None, "bfloat16": jnp.bfloat16}
   out = {
     "accumulation": block.get("accumulation") or 1,
+    "unroll": run.get("unroll", True),
     "rules": rules_for(run, method.networks),
   }
   for field in ("compute_dtype", "frozen_dtype"):
@@ -428,12 +433,19 @@ def silent(line: str) -> None:
   del line
 
 
-def make_mesh(run: Any) -> jax.sharding.Mesh:
-  """The mesh that a config's block `run` asks for, over all devices."""
+def make_mesh(
+  run: Any, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+  """The mesh that a config's block `run` asks for.
+
+  Args:
+    run: the block.
+    devices: None is all that there are.
+  """
   names = set(rule_names(run))
   fsdp = (run.get("fsdp") or None) if any("fsdp" in n for n in names) else 1
   tensor = run.get("tensor") or 1
-  return train.make_mesh(fsdp=fsdp, tensor=tensor)
+  return train.make_mesh(devices, fsdp=fsdp, tensor=tensor)
 
 
 def rule_names(run: Any) -> list[str]:

@@ -68,10 +68,10 @@ class Job(NamedTuple):
 class _Builder:
   """Makes the stages of a config."""
 
-  def __init__(self, config, devices):
+  def __init__(self, config, devices, problem=None):
     self.config = config
     self.devices = devices
-    self.problem = language.make_problem(config)
+    self.problem = problem or language.make_problem(config)
     self._apply_fns = {}
 
   def hyper_of(self, block: str, network: str) -> dict[str, Any]:
@@ -192,6 +192,7 @@ def build(
   config: Any,
   log: Callable[[str], None] = print,
   mesh: jax.sharding.Mesh | None = None,
+  problem: Any = None,
 ) -> Job:
   """Checks a config and makes its stages; nothing is trained.
 
@@ -199,6 +200,7 @@ def build(
     config: a config of `configs/`.
     log: unused: nothing here takes long.
     mesh: that the batch must divide over; None is that of the config.
+    problem: in the place of what `config.data` names.
 
   Raises:
     ValueError: one line for the first thing that cannot be.
@@ -209,7 +211,7 @@ def build(
   config_lib.known("", config, (*TOP_KEYS, *config.stages))
   if config.seeds < 1:
     raise ValueError(f"config: seeds must be >= 1, got {config.seeds}")
-  builder = _Builder(config, devices)
+  builder = _Builder(config, devices, problem)
   stages, blocks, networks = [], {}, {}
   for i, name in enumerate(config.stages):
     if name not in config:

@@ -18,6 +18,7 @@ PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 # Nobody else's clock or cache decides what these print.
 QUICK_DOCTESTS = (
     "losses", "processes", "kernels", "train", "oracles", "models", "lm",
+    "plan",
 )
 
 

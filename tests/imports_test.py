@@ -263,7 +263,7 @@ NO_PAPER = {
 }
 DOCUMENTED = (
     "losses", "processes", "oracles", "evals", "models", "data", "train",
-    "kernels", "lm",
+    "kernels", "lm", "plan",
 )
 
 

@@ -67,6 +67,14 @@ def _cut(batch: PyTree, part: int, parts: int) -> PyTree:
   )
 
 
+def _placed(shapes: PyTree, places: PyTree) -> PyTree:
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    places,
+  )
+
+
 def _add(a: PyTree, b: PyTree) -> PyTree:
   return jax.tree.map(jnp.add, a, b)
 
@@ -155,10 +163,20 @@ class Step:
       self._build(state, frozen)
     return self.jitted(updates, state, dict(frozen), batch)
 
+  def trace(self, updates, state, frozen, batch):
+    """The step of these arrays or `ShapeDtypeStruct`s, traced, not run.
+
+    The result has the program as a `jaxpr`, and `lower()`.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % self._unit:
+      self._refuse(rows)
+    self._build(state, frozen)
+    return self.jitted.trace(updates, state, dict(frozen), batch)
+
   def lower(self, updates, state, frozen, batch):
     """The step of these arrays or `ShapeDtypeStruct`s, lowered, not run."""
-    self._build(state, frozen)
-    return self.jitted.lower(updates, state, dict(frozen), batch)
+    return self.trace(updates, state, frozen, batch).lower()
 
   def _refuse(self, rows):
     parts = sharding.row_parts(self.mesh)
@@ -190,11 +208,7 @@ class Step:
       key: the stage's key, or its shape.
     """
     _, shapes = self._start(params, key)
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      shapes,
-      self.places(shapes),
-    )
+    return _placed(shapes, self.places(shapes))
 
   def _start(self, params, key):
     """What a state starts from, and the shapes of that state."""
@@ -213,11 +227,25 @@ class Step:
     Args:
       frozen: parameters by name, the same on every process.
     """
-    frozen = {n: _cast(p, self._frozen_dtype) for n, p in frozen.items()}
+    frozen = self._in_dtype(frozen)
     places = self._network_places(frozen)
     if jax.process_count() == 1:
       return jax.device_put(frozen, places)
     return jax.jit(lambda tree: tree, out_shardings=places)(frozen)
+
+  def abstract_place(
+    self, frozen: Mapping[str, PyTree]
+  ) -> dict[str, PyTree]:
+    """The shapes of what `place` gives, in their shardings.
+
+    Args:
+      frozen: parameters or shapes by name.
+    """
+    shapes = jax.eval_shape(self._in_dtype, dict(frozen))
+    return _placed(shapes, self._network_places(shapes))
+
+  def _in_dtype(self, frozen):
+    return {n: _cast(p, self._frozen_dtype) for n, p in frozen.items()}
 
   def places(self, state: State) -> State:
     """The shardings of a state (or of its shapes): what jit is given.

@@ -1,0 +1,1 @@
+"""Configs to be planned by `experiments.plan`, too large to be run here."""
