@@ -72,14 +72,19 @@ def cut_rows(x):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(names))
 
 
-def _automatic(*names):
-  """Those of these mesh axes over which the compiler cuts arrays."""
+def _automatic(*names, least=2):
+  """Those of these mesh axes over which the compiler cuts arrays.
+
+  Args:
+    *names: of axes.
+    least: size that an axis must have.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   automatic = jax.sharding.AxisType.Auto
   return tuple(
       name for name in names
-      if kinds.get(name) == automatic and mesh.shape[name] > 1
+      if kinds.get(name) == automatic and mesh.shape[name] >= least
   )  # fmt: skip
 
 
@@ -114,8 +119,7 @@ def attention(q, k, v, **options):
   names = _automatic("tensor")
   divides = q.shape[2] % _parts(names) == 0 == k.shape[2] % _parts(names)
   heads = names if divides else ()
-  cut = {*rows, *heads}
-  if not cut:
+  if not rows and not heads:
     return kernels.attention(q, k, v, **options)
   spec = PartitionSpec(rows or None, None, heads or None)
   ids = [n for n in ("q_segment_ids", "kv_segment_ids") if n in options]
@@ -128,7 +132,8 @@ def attention(q, k, v, **options):
       local,
       in_specs=(spec,) * 3 + (PartitionSpec(rows or None),) * len(ids),
       out_specs=spec,
-      axis_names=cut,
+      # A kernel wants no axis left to the compiler, of whatever size.
+      axis_names=set(_automatic("data", "fsdp", "tensor", least=1)),
   )(q, k, v, *(options[n] for n in ids))
 
 
