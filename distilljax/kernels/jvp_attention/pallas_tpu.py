@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from distilljax.kernels.jvp_attention import common
 from distilljax.kernels.jvp_attention import spec as spec_lib
 
 LANES = 128
@@ -69,28 +70,9 @@ CAUSAL_COLUMNS = 1024
 VMEM_LIMIT = 32 * 2**20
 SCOPED_BYTES = 18 * 2**20
 
-# What a shard_map that checks its axes wants of every result, if it exists.
-_MANUAL = getattr(jax.sharding, "ManualAxisType", None)
-
-# None, or the parameters of interpret mode: for machines without a TPU.
-_INTERPRET = jax.make_user_context(default_value=None)
-
-
-def interpret(parameters: Any = True):
-  """A context in which the kernels are interpreted, on any machine.
-
-  Args:
-    parameters: True, or `pltpu.InterpretParams`.
-
-  Returns:
-    A context manager.
-  """
-  return _INTERPRET(parameters)
-
-
 def runs_on(platform: str) -> bool:
   """Whether the kernels can be compiled for a platform, or are interpreted."""
-  return platform == "tpu" or _INTERPRET.value is not None
+  return platform == "tpu" or common.interpreted() is not None
 
 
 def vmem_bytes(
@@ -195,11 +177,11 @@ class _Shape:
     """Whether the last block has columns that are not there."""
     return self.column_blocks * self.columns != self.m
 
-  def pad_rows(self, a, axis=2):
-    return _pad(a, axis, self.row_blocks * self.rows)
+  def pad_rows(self, a, axis=2, value=0):
+    return common.pad(a, axis, self.row_blocks * self.rows, value)
 
   def pad_columns(self, a, axis=2):
-    return _pad(a, axis, self.column_blocks * self.columns)
+    return common.pad(a, axis, self.column_blocks * self.columns)
 
   def last_column(self, i):
     """The last block of columns that rows i see (0 if none)."""
@@ -226,31 +208,14 @@ class _Shape:
     pl.when((top > j * np.int32(self.columns)) | first)(step)
 
 
-def _pad(a, axis, length):
-  if a.shape[axis] == length:
-    return a
-  width = [(0, 0)] * a.ndim
-  width[axis] = (0, length - a.shape[axis])
-  return jnp.pad(a, width)
+def _nn(a, b):
+  """a b of matrices."""
+  return common.dot(a, b, 0)
 
 
-def _dot(a, b, dims):
-  """Matrix product over one axis of each, summed in float32."""
-  precision = (
-      lax.Precision.HIGHEST if a.dtype == jnp.float32 else
-      lax.Precision.DEFAULT
-  )  # fmt: skip
-  return lax.dot_general(
-      a,
-      b,
-      (dims, ((), ())),
-      precision=precision,
-      preferred_element_type=jnp.float32,
-  )
-
-
-_NT = ((1,), (1,))  # a b'
-_NN = ((1,), (0,))  # a b
+def _nt(a, b):
+  """a b' of matrices."""
+  return common.dot(a, b, 1)
 
 
 def _wide(a, width):
@@ -310,9 +275,7 @@ class _Call:
 
   def result(self, name, shape, dtype, block, index):
     self.out_names.append(name)
-    # The program of one device: it varies over no axis that it knows of.
-    axes = {} if _MANUAL is None else {"manual_axis_type": _MANUAL()}
-    self.out_shapes.append(jax.ShapeDtypeStruct(shape, dtype, **axes))
+    self.out_shapes.append(common.result(shape, dtype))
     self.out_specs.append(pl.BlockSpec(block, index))
 
   def run(self, name, body, grid, scratch):
@@ -336,7 +299,7 @@ class _Call:
             dimension_semantics=("parallel",) * 3 + ("arbitrary",),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        interpret=_INTERPRET.value or False,
+        interpret=common.interpreted() or False,
         name=f"jvp_attention_{name}",
     )(*self.arrays)
 
@@ -404,7 +367,7 @@ def _masks(call, shape, spec, x, row, column, transposed):
 def _score(refs, shape, spec, i, j, rows, columns, transposed=False):
   """Scores of part of a block, or their transpose; masked ones are -inf."""
   q, k = refs["q"][0, 0, rows], refs["k"][0, 0, columns]
-  s = _dot(k, q, _NT) if transposed else _dot(q, k, _NT)
+  s = _nt(k, q) if transposed else _nt(q, k)
   s = s * np.float32(spec.scale)
   whole = slice(None)
   if "bias" in refs:
@@ -439,17 +402,13 @@ def _score(refs, shape, spec, i, j, rows, columns, transposed=False):
   return s if ok is None else jnp.where(ok, s, -jnp.inf)
 
 
-def _finite(a):
-  return jnp.where(a == -jnp.inf, jnp.zeros_like(a), a)
-
-
 def _tangent_score(refs, spec, rows, columns, transposed=False):
   """scale (tq k' + q tk') or its transpose, None where both are zero."""
   terms = []
   for row, column in (("tq", "k"), ("q", "tk")):
     if row in refs and column in refs:
       pair = refs[row][0, 0, rows], refs[column][0, 0, columns]
-      terms.append(_dot(*(pair[::-1] if transposed else pair), _NT))
+      terms.append(_nt(*(pair[::-1] if transposed else pair)))
   if not terms:
     return None
   return functools.reduce(jnp.add, terms) * np.float32(spec.scale)
@@ -481,13 +440,6 @@ class _Sums:
     if rescale is not None:
       old = old * _wide(rescale, old.shape[1])
     self.refs[name][part] = old + a
-
-
-def _add(sums, **terms):
-  """Adds arrays to those of the same name; None is zero."""
-  for name, a in terms.items():
-    if a is not None:
-      sums[name] = sums[name] + a if name in sums else a
 
 
 def _row_maps(shape):
@@ -547,7 +499,7 @@ def _by_rows(
   if statistics:
     o, lse = t[len(wrt) :]
     call.add("o", shape.pad_rows(o), (1, 1, shape.rows, e), q_map)
-    lse = shape.pad_rows(_finite(lse))[:, :, None]
+    lse = shape.pad_rows(common.finite(lse))[:, :, None]
     call.add("lse", lse, (1, 1, 1, shape.rows), stat_map)
   padded = shape.row_blocks * shape.rows
   results = []
@@ -597,26 +549,26 @@ def _by_rows(
       shift = jnp.maximum(before, jnp.max(best, axis=1, keepdims=True))
       s["top"][rows] = shift
       if masked:
-        shift = _finite(shift)
+        shift = common.finite(shift)
       rescale = jnp.exp(before - shift)
     new = {}
     for n, c in enumerate(columns):
       a = score(c) if statistics else scores[n]
       p = jnp.exp(a - _wide(shift, a.shape[1]))
       if not statistics:
-        _add(new, total=_by_lanes(jnp.add, p))
+        common.add(new, total=_by_lanes(jnp.add, p))
       v = _values(refs, c)
       low = p.astype(v.dtype)
       if not statistics:
-        _add(new, sum=_dot(low, v, _NN))
+        common.add(new, sum=_nn(low, v))
       # In this order, by the compiled schedule.
       if moves:
         h = p * _tangent_score(refs, spec, rows, c)
-        _add(new, mu=_by_lanes(jnp.add, h))
+        common.add(new, mu=_by_lanes(jnp.add, h))
       if "tv" in refs:
-        _add(new, change=_dot(low, refs["tv"][0, 0, c], _NN))
+        common.add(new, change=_nn(low, refs["tv"][0, 0, c]))
       if moves:
-        _add(new, change=_dot(h.astype(v.dtype), v, _NN))
+        common.add(new, change=_nn(h.astype(v.dtype), v))
     for name, a in new.items():
       sums.add(name, rows, a, rescale)
 
@@ -695,11 +647,6 @@ def tangent(spec: spec_lib.Spec, wrt: str, *operands: jax.Array):
   return _by_rows("tangent", spec, wrt, x, (*t, o, lse), True)
 
 
-def _shares(o, lse, do, dl):
-  a = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dl
-  return jnp.where(jnp.isneginf(lse), jnp.zeros_like(a), a)
-
-
 class _Rows:
   """The operands of a backward kernel that lie along the rows, padded.
 
@@ -710,11 +657,13 @@ class _Rows:
   """
 
   def __init__(self, shape, arrays, statistics):
-    pad = lambda a: shape.pad_rows(a)
-    self.arrays = {name: pad(a) for name, a in arrays.items()}
+    self.arrays = {name: shape.pad_rows(a) for name, a in arrays.items()}
+    # A row that is not there has P = 0, whatever its bias.
+    pad = lambda name, a: shape.pad_rows(
+        a.astype(jnp.float32), value=np.inf if name == "lse" else 0
+    )
     self.statistics = {
-        name: pad(a.astype(jnp.float32))[:, :, None]
-        for name, a in statistics.items()
+        name: pad(name, a)[:, :, None] for name, a in statistics.items()
     }
 
   def add_to(self, call, shape, q_map, stat_map):
@@ -754,7 +703,7 @@ def _slopes(refs, spec, p, a, stat, rows, columns, wanted, transposed=False):
     inner = inner + centered * a
   if "tv" in refs:
     pair = refs["do"][0, 0, rows], refs["tv"][0, 0, columns]
-    inner = inner + _dot(*(pair[::-1] if transposed else pair), _NT)
+    inner = inner + _nt(*(pair[::-1] if transposed else pair))
   return weight, p * inner, p * a
 
 
@@ -785,12 +734,13 @@ def _rows_gradient(name, spec, shape, x, rows_, t):
       stat = lambda key, w=width: _wide(s[key][rows], w)
       score = _score(refs, shape, spec, i, j, rows, c)
       p = jnp.exp(score - stat("lse"))
-      a = _dot(refs["do"][0, 0, rows], refs["v"][0, 0, c], _NT) - stat("share")
+      do, v = refs["do"][0, 0, rows], refs["v"][0, 0, c]
+      a = _nt(do, v) - stat("share")
       _, gs, gt = _slopes(refs, spec, p, a, stat, rows, c, True)
       k = refs["k"][0, 0, c]
-      _add(new, dq=_dot(gs.astype(k.dtype), k, _NN))
+      common.add(new, dq=_nn(gs.astype(k.dtype), k))
       if "tk" in refs:
-        _add(new, dq=_dot(gt.astype(k.dtype), refs["tk"][0, 0, c], _NN))
+        common.add(new, dq=_nn(gt.astype(k.dtype), refs["tk"][0, 0, c]))
     sums.add("dq", rows, new["dq"])
 
   def body(refs, s):
@@ -867,16 +817,17 @@ def _columns_gradient(name, spec, shape, wrt, x, rows_, t):
       do, q = refs["do"][0, 0, rows], refs["q"][0, 0, rows]
       a = None
       if "k" in s or "mu" in refs:
-        a = _dot(refs["v"][0, 0, columns], do, _NT) - stat("share")
+        a = _nt(refs["v"][0, 0, columns], do) - stat("share")
       weight, gs, gt = _slopes(
           refs, spec, p, a, stat, rows, columns, "k" in s, True
       )
       if "v" in s:
-        _add(new, v=_dot(weight.astype(do.dtype), do, _NN))
+        common.add(new, v=_nn(weight.astype(do.dtype), do))
       if "k" in s:
-        _add(new, k=_dot(gs.astype(q.dtype), q, _NN))
+        common.add(new, k=_nn(gs.astype(q.dtype), q))
         if "tq" in refs:
-          _add(new, k=_dot(gt.astype(q.dtype), refs["tq"][0, 0, rows], _NN))
+          tq = refs["tq"][0, 0, rows]
+          common.add(new, k=_nn(gt.astype(q.dtype), tq))
     for key, a in new.items():
       sums.add(key, columns, a)
 
@@ -906,8 +857,8 @@ def backward(spec: spec_lib.Spec, wrt: str, *operands: jax.Array):
   """Gradients of <do, o> + <dl, lse> in the arrays of `wrt`."""
   x, (o, lse, do, dl) = operands[: spec.size], operands[spec.size :]
   shape = _Shape.of(spec, x)
-  share = _shares(o, lse, do, dl)
-  rows_ = _Rows(shape, {"do": do}, {"lse": _finite(lse), "share": share})
+  share = common.shares(o, lse, do, dl, jnp.float32)
+  rows_ = _Rows(shape, {"do": do}, {"lse": common.finite(lse), "share": share})
   found = {}
   if "q" in wrt:
     found["q"] = _rows_gradient("backward", spec, shape, x, rows_, {})
@@ -932,7 +883,8 @@ def second_backward(
       shape,
       arrays,
       {
-          "lse": _finite(lse), "share": _shares(o, lse, do, dl), "mu": mu,
+          "lse": common.finite(lse), "mu": mu,
+          "share": common.shares(o, lse, do, dl, jnp.float32),
           "other": jnp.where(jnp.isneginf(lse), jnp.zeros_like(other), other),
       },
   )  # fmt: skip

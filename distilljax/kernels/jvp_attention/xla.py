@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from distilljax.kernels.jvp_attention import common
 from distilljax.kernels.jvp_attention import spec as spec_lib
 
 # Scores of one block over all heads and batch rows, and the least and largest
@@ -137,11 +138,11 @@ class _Blocks:
     old = lax.dynamic_slice_in_dim(out, start, self.columns, axis=2)
     return lax.dynamic_update_slice_in_dim(out, old + a, start, axis=2)
 
-  def pad_rows(self, a, axis=2):
-    return _pad(a, axis, self.padded_n)
+  def pad_rows(self, a, axis=2, value=0):
+    return common.pad(a, axis, self.padded_n, value)
 
   def pad_columns(self, a, axis=2):
-    return _pad(a, axis, self.padded_m)
+    return common.pad(a, axis, self.padded_m)
 
   def bias_block(self, bias, i, j):
     """A block of a bias [B|1, H|1, N|1, M|1], as [B|1, K|1, G rows, cols|1]."""
@@ -183,14 +184,6 @@ class _Blocks:
     if isinstance(seen, int):
       return min(max(seen, 0), self.column_blocks)
     return jnp.clip(seen, 0, self.column_blocks)
-
-
-def _pad(a, axis, length):
-  if a.shape[axis] == length:
-    return a
-  width = [(0, 0)] * a.ndim
-  width[axis] = (0, length - a.shape[axis])
-  return jnp.pad(a, width)
 
 
 def _dot(a, b, contract_a, contract_b, dtype):
@@ -300,9 +293,13 @@ class _Problem:
         blocks.groups * blocks.rows, blocks.columns,
     )  # fmt: skip
 
-  def statistic(self, a):
+  def statistic(self, a, value=0):
     """[B, H, N] padded, with a last axis of one."""
-    return self.blocks.pad_rows(a.astype(self.dtype)[..., None])
+    return self.blocks.pad_rows(a.astype(self.dtype)[..., None], value=value)
+
+  def lse(self, a):
+    """lse, padded: a row that is not there has P = 0, whatever its bias."""
+    return self.statistic(a, jnp.inf)
 
   def tangents(self, wrt, t):
     """{letter: padded tangent or None} from the tuple of those in `wrt`."""
@@ -374,11 +371,6 @@ class _Problem:
     return lax.fori_loop(0, last, step, carry)
 
 
-def _finite(lse):
-  """lse of a row that sees nothing as 0: its P is exp(-inf - 0) = 0."""
-  return jnp.where(jnp.isneginf(lse), jnp.zeros_like(lse), lse)
-
-
 def _add(a, b):
   """Sum of two terms, either of which may be None for zero."""
   return b if a is None else a if b is None else a + b
@@ -398,7 +390,7 @@ def _online(problem, i, q, t, tq):
     top = jnp.max(s, axis=-1, keepdims=True)
     if not one_block:
       top = jnp.maximum(carry[0], top)
-    shift = _finite(top)
+    shift = common.finite(top)
     p = jnp.exp(s - shift)
     new = [jnp.sum(p, axis=-1, keepdims=True), p_.pv(p, v)]
     if with_t:
@@ -428,7 +420,7 @@ def _online(problem, i, q, t, tq):
   top, total, o, *rest = p_.each_column_block(i, step, start)
   safe = jnp.where(total == 0, jnp.ones_like(total), total)
   o = o / safe
-  lse = jnp.where(total == 0, -jnp.inf, _finite(top) + jnp.log(safe))
+  lse = jnp.where(total == 0, -jnp.inf, common.finite(top) + jnp.log(safe))
   if not with_t:
     return o, lse
   mu = rest[0] / safe
@@ -475,7 +467,7 @@ def _tangent(p_, lse, o, t, out_dtype):
   def one(i, carry):
     q = p_.blocks.row_block(p_.q, i)
     tq = None if t["q"] is None else p_.blocks.row_block(t["q"], i)
-    shift = _finite(p_.blocks.row_block(lse, i))
+    shift = common.finite(p_.blocks.row_block(lse, i))
 
     def step(j, sums):
       k = p_.blocks.column_block(p_.k, j)
@@ -507,7 +499,7 @@ def tangent(spec: spec_lib.Spec, wrt: str, *operands: jax.Array):
   x, (o, lse, *t) = operands[: spec.size], operands[spec.size :]
   p_ = _Problem(spec, x)
   to, mu = _tangent(
-      p_, p_.statistic(lse), p_.blocks.pad_rows(o), p_.tangents(wrt, t), p_.low
+      p_, p_.lse(lse), p_.blocks.pad_rows(o), p_.tangents(wrt, t), p_.low
   )
   return to, mu[..., 0]
 
@@ -566,12 +558,6 @@ def _gradients(p_, wrt, one_block_of_rows, out_dtypes):
   return tuple(found[letter] for letter in wrt)
 
 
-def _shares(o, lse, do, dl, dtype):
-  """do . o - dl per row, 0 where the row sees nothing, [B, H, N]."""
-  a = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dl.astype(dtype)
-  return jnp.where(jnp.isneginf(lse), jnp.zeros_like(a), a)
-
-
 def _dtypes(spec, x):
   return {c: a.dtype for c, a in zip("qkvb", x[: 3 + spec.bias])}
 
@@ -581,14 +567,14 @@ def backward(spec: spec_lib.Spec, wrt: str, *operands: jax.Array):
   x, (o, lse, do, dl) = operands[: spec.size], operands[spec.size :]
   p_ = _Problem(spec, x)
   blocks = p_.blocks
-  share = p_.statistic(_shares(o, lse, do, dl, p_.dtype))
-  lse = p_.statistic(lse)
+  share = p_.statistic(common.shares(o, lse, do, dl, p_.dtype))
+  lse = p_.lse(lse)
   do = blocks.pad_rows(do)
   scale = jnp.asarray(spec.scale, p_.dtype)
 
   def rows(i):
     q, do_i = blocks.row_block(p_.q, i), blocks.row_block(do, i)
-    shift = _finite(blocks.row_block(lse, i))
+    shift = common.finite(blocks.row_block(lse, i))
     share_i = blocks.row_block(share, i)
 
     def part(j):
@@ -621,9 +607,9 @@ def second_backward(
   do, dl = rest[2 + len(wrt) :]
   p_ = _Problem(spec, x)
   blocks = p_.blocks
-  share = p_.statistic(_shares(o, lse, do, dl, p_.dtype))
+  share = p_.statistic(common.shares(o, lse, do, dl, p_.dtype))
   empty = jnp.isneginf(lse)
-  lse = p_.statistic(lse)
+  lse = p_.lse(lse)
   t = p_.tangents(wrt, t)
   to, mu = _tangent(p_, lse, blocks.pad_rows(o), t, p_.dtype)
   other = jnp.sum(do.astype(p_.dtype) * to, axis=-1)
@@ -635,7 +621,7 @@ def second_backward(
   def rows(i):
     q, do_i = blocks.row_block(p_.q, i), blocks.row_block(do, i)
     tq = None if t["q"] is None else blocks.row_block(t["q"], i)
-    shift = _finite(blocks.row_block(lse, i))
+    shift = common.finite(blocks.row_block(lse, i))
     share_i = blocks.row_block(share, i)
     mu_i, other_i = blocks.row_block(mu, i), blocks.row_block(other, i)
 
@@ -682,7 +668,7 @@ def second_tangent(
   o, lse = rest[:2]
   p_ = _Problem(spec, x)
   blocks = p_.blocks
-  lse = p_.statistic(lse)
+  lse = p_.lse(lse)
   o = blocks.pad_rows(o)
   t = p_.tangents(wrt, rest[2 : 2 + len(wrt)])
   d = p_.tangents(along, rest[2 + len(wrt) :])
@@ -694,7 +680,7 @@ def second_tangent(
   def one(i, carry):
     row = lambda a: None if a is None else blocks.row_block(a, i)
     q, tq, dq = row(p_.q), row(t["q"]), row(d["q"])
-    shift, mu_i, nu_i = _finite(row(lse)), row(mu), row(nu)
+    shift, mu_i, nu_i = common.finite(row(lse)), row(mu), row(nu)
 
     def step(j, sums):
       column = lambda a: None if a is None else blocks.column_block(a, j)
