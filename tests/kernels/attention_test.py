@@ -130,6 +130,19 @@ def test_in_blocks_against_the_oracle(name, x64, strict, small_blocks):
     assert (np.asarray(a)[empty] == 0).all()
 
 
+def test_a_bias_whose_exponential_overflows(x64, small_blocks):
+  # Blocks of two rows: the sixth is not there, but has a bias.
+  p = oracle.problem(6, bias=(1, 1, 1, 7))
+  p["x"]["bias"] = p["x"]["bias"] + 1000.0
+  loss = lambda x: jnp.sum(
+      kernels.attention(**x, implementation="xla") * p["do"]
+  )
+  p["dl"] = np.zeros_like(p["dl"])
+  check(
+      jax.jit(jax.grad(loss))(arrays(p["x"])), oracle.solve(p)["dx"], 1e-12
+  )
+
+
 @pytest.mark.parametrize("name", ["causal_empty_rows", "segments"])
 def test_without_a_loop_against_the_oracle(name, x64, strict):
   p = oracle.problem(2, **CASES[name])
@@ -594,24 +607,28 @@ def test_a_list_falls_back_with_one_warning(monkeypatch):
     run()
 
 
-def test_a_default_that_cannot_be_lowered_falls_back(monkeypatch):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_default_that_cannot_be_lowered_falls_back(platform, monkeypatch):
   monkeypatch.setattr(spec, "_WARNED", set())
-  monkeypatch.setattr(api.platform, "platform", lambda: "tpu")
+  monkeypatch.setattr(api.platform, "platform", lambda: platform)
   q = jax.random.normal(jax.random.key(0), (1, 2, 1, 64))
   run = jax.jit(lambda q: kernels.attention(q, q, q))
   with pytest.warns(UserWarning, match="falls back to 'xla': implementation"
-                    " must be 'xla' or 'reference' on cpu, got 'pallas_tpu'"):
+                    f" must be 'xla' or 'reference' on cpu, got"
+                    f" 'pallas_{platform}'"):
     out = run(q)
   ours = jax.jit(lambda q: kernels.attention(q, q, q, implementation="xla"))(q)
   np.testing.assert_array_equal(out, ours)
 
 
-def test_on_a_tpu_the_kernels_are_first(monkeypatch):
-  monkeypatch.setattr(api.platform, "platform", lambda: "tpu")
+@pytest.mark.parametrize(
+    "platform,expected",
+    [("tpu", "pallas_tpu"), ("gpu", "pallas_gpu"), ("cuda", "pallas_gpu")],
+)
+def test_on_a_chip_its_kernels_are_first(platform, expected, monkeypatch):
+  monkeypatch.setattr(api.platform, "platform", lambda: platform)
   q = jnp.ones((1, 2, 1, 64))
-  assert api._choose("attention", None, q, q) == "pallas_tpu"
-  monkeypatch.setattr(api.platform, "platform", lambda: "gpu")
-  assert api._choose("attention", None, q, q) == "xla"
+  assert api._choose("attention", None, q, q) == expected
 
 
 GOOD = {
@@ -660,7 +677,17 @@ GOOD = {
         ({"implementation": "pallas_tpu"},
          "q must be of head width 64, 128 or 256 for 'pallas_tpu' .'xla'"),
         ({"implementation": "pallas_gpu"},
-         "implementation must be 'xla' or 'reference' on a GPU"),
+         "q must be of head width 64, 128 or 256 for 'pallas_gpu' .'xla'"),
+        ({"v": np.ones((2, 5, 2, 256), np.float32),
+          "q": np.ones((2, 3, 4, 64), np.float32),
+          "k": np.ones((2, 5, 2, 64), np.float32),
+          "implementation": "pallas_gpu"},
+         "q must be bfloat16 at head width 256 for 'pallas_gpu' .'xla'"),
+        ({"q": np.ones((2, 3, 4, 64), np.float16),
+          "k": np.ones((2, 5, 2, 64), np.float16),
+          "v": np.ones((2, 5, 2, 64), np.float16),
+          "implementation": "pallas_gpu"},
+         "q must be float32 or bfloat16 for 'pallas_gpu' .'xla'"),
     ],
 )  # fmt: skip
 def test_bad_input(changes, match):
@@ -683,10 +710,11 @@ def test_bad_tangents(changes, match):
     kernels.attention_jvp(**GOOD, **tangents)
 
 
-def test_a_kernel_takes_no_derivative_in_the_bias():
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_a_kernel_takes_no_derivative_in_the_bias(name):
   q = jnp.ones((1, 8, 1, 64))
   f = lambda bias: kernels.attention(
-      q, q, q, bias=bias, implementation="pallas_tpu"
+      q, q, q, bias=bias, implementation=name
   ).sum()
   for fn in (jax.grad(f), lambda b: jax.jvp(f, (b,), (b,))):
     with one_line_error("bias must not .* 'xla'", NotImplementedError):

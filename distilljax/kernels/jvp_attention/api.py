@@ -16,8 +16,8 @@ IMPLEMENTATIONS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
 # What is tried where nothing is asked for, by platform.
 DEFAULTS = {
     "tpu": ("pallas_tpu", "xla"),
-    "gpu": ("xla",),
-    "cuda": ("xla",),
+    "gpu": ("pallas_gpu", "xla"),
+    "cuda": ("pallas_gpu", "xla"),
     "cpu": ("xla",),
 }
 _HEAD_WIDTHS = (64, 128, 256)
@@ -27,25 +27,25 @@ Implementation = str | Sequence[str] | None
 
 def _cannot(name: str, q: Any, v: Any) -> tuple[str, str, Any] | None:
   """(argument, expected, got) where an implementation cannot do the case."""
-  if name == "pallas_gpu":
-    return (
-        "implementation",
-        "'xla' or 'reference' on a GPU (its kernels are not written)",
-        "'pallas_gpu'",
-    )
-  if name == "pallas_tpu":
+  if name in primitives.KERNELS:
     for argument, array in (("q", q), ("v", v)):
       if array.shape[-1] not in _HEAD_WIDTHS:
         return (
             argument,
-            "of head width 64, 128 or 256 for 'pallas_tpu' ('xla' supports"
-            " any)",
+            f"of head width 64, 128 or 256 for {name!r} ('xla' supports any)",
             array.shape[-1],
         )
     if q.dtype not in (jnp.float32, jnp.bfloat16):
       return (
           "q",
-          "float32 or bfloat16 for 'pallas_tpu' ('xla' supports any)",
+          f"float32 or bfloat16 for {name!r} ('xla' supports any)",
+          q.dtype.name,
+      )
+    wide = max(q.shape[-1], v.shape[-1]) > 128
+    if name == "pallas_gpu" and wide and q.dtype == jnp.float32:
+      return (
+          "q",
+          "bfloat16 at head width 256 for 'pallas_gpu' ('xla' supports any)",
           q.dtype.name,
       )
   return None
@@ -159,11 +159,12 @@ def attention(
   third derivative is refused, but for implementation="reference".
 
   Implementations: "xla" works in blocks (memory linear in n and m, any
-  backend, all masks, a differentiated bias); "pallas_tpu" are kernels (head
-  widths 64, 128, 256; no derivative in the bias; forward over forward by "xla";
-  on several devices inside `jax.shard_map` only);
-  "pallas_gpu" is a name without kernels yet; "reference" is plain
-  jax.numpy, quadratic in memory, in at least float32 at highest precision.
+  backend, all masks, a differentiated bias); "pallas_tpu" and "pallas_gpu"
+  (CUDA, by Triton) are kernels (head widths 64, 128, 256; no derivative in the
+  bias; forward over forward by "xla"; on several devices inside `jax.shard_map`
+  only), proved interpreted and compiled for chips but never run on one;
+  "reference" is plain jax.numpy, quadratic in memory, in at least float32 at
+  highest precision.
 
   Args:
     q: queries. Shape [b, n, h, d].
