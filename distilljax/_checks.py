@@ -80,6 +80,11 @@ def fail(fn: str, argument: str, expected: str, got: Any) -> None:
   raise ValueError(f"{fn}: {argument} must be {expected}, got {got}")
 
 
+def nearest_multiple(value: int, of: int) -> int:
+  """The positive multiple of `of` that is nearest to `value`."""
+  return max(1, round(value / of)) * of
+
+
 def _dims(shape: Sequence[Any]) -> str:
   return "[" + ", ".join(str(n) for n in shape) + "]"
 

@@ -5,6 +5,11 @@ loaded when they are used.
 """
 
 from distilljax.kernels.jvp_attention.api import attention, attention_jvp
+from distilljax.kernels.jvp_attention.context import (
+  context_attention,
+  sharded_attention,
+  zigzag_positions,
+)
 from distilljax.kernels.linear_head.api import (
   Head,
   LinearTokenStatistics,
@@ -17,6 +22,9 @@ __all__ = [
   "LinearTokenStatistics",
   "attention",
   "attention_jvp",
+  "context_attention",
   "linear_divergence",
   "linear_token_statistics",
+  "sharded_attention",
+  "zigzag_positions",
 ]

@@ -23,6 +23,7 @@ lets a rule be split afterwards, which needs hooks that are not public; without
 them it is `att` then `tan`, with the same numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -58,6 +59,11 @@ try:
 except ImportError:
   HOOKS = False
 
+try:
+  from jax._src.config import _check_vma
+except ImportError:
+  _check_vma = None
+
 # Implementations whose slots are kernels: no derivative in the bias.
 KERNELS = ("pallas_tpu", "pallas_gpu")
 
@@ -91,7 +97,8 @@ def _function(primitive, spec, params):
   """What computes a primitive, named so that it shows in a program's text."""
   slot, names = _SLOTS[primitive]
   package = __name__.rpartition(".")[0]
-  module = importlib.import_module(f"{package}.{spec.implementation}")
+  name = spec.implementation if spec.axis is None else "ring"
+  module = importlib.import_module(f"{package}.{name}")
   if not hasattr(module, slot):  # a slot that has no kernel of its own
     module = importlib.import_module(f"{package}.xla")
   fn = functools.partial(
@@ -135,11 +142,20 @@ def _lower(primitive, ctx, *operands, spec, **params):
     spec_lib.warn_once(f"attention: falls back to 'xla': {text}")
     spec = dataclasses.replace(spec, implementation="xla")
   fn = _jitted(primitive, spec, tuple(sorted(params.items())))
-  # The program of one device knows nothing of the mesh's axes.
+  return lower_plain(fn, ctx, *operands)
+
+
+def lower_plain(fn, ctx, *operands):
+  """Lowers a function whose program knows nothing of the mesh's axes."""
   plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
   outs = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_out]
   rule = mlir.lower_fun(lambda *a: list(fn(*a)), multiple_results=True)
   return rule(ctx.replace(avals_in=plain, avals_out=outs), *operands)
+
+
+def untyped():
+  """For collectives in such a program, whose arrays vary over no axis."""
+  return contextlib.nullcontext() if _check_vma is None else _check_vma(False)
 
 
 # --- shapes and mesh axes ------------------------------------------------

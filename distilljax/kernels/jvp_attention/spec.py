@@ -31,6 +31,9 @@ class Spec:
     columns: columns of a block, None likewise.
     fallback: whether "xla" takes over, with a warning, where the program turns
       out to be one that the implementation cannot be part of.
+    axis: mesh axis that rows and columns are cut over, None where they are not.
+    parts: devices of that axis.
+    zigzag: whether the parts are in zig-zag order (that of `zigzag_positions`).
   """
 
   implementation: str
@@ -41,6 +44,9 @@ class Spec:
   rows: int | None = None
   columns: int | None = None
   fallback: bool = False
+  axis: str | None = None
+  parts: int = 1
+  zigzag: bool = False
 
   @property
   def size(self) -> int:
