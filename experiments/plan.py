@@ -2,7 +2,7 @@
 
 python -m experiments.plan --config=configs/plan_dmd2.py --topology=v5p:4x4x4
     [--stage=NAME] [--updates=student,critic] [--scaling=2x2x4,8x8x8]
-    [--search] [--json=FILE] [--markdown=FILE] [--nocompile]
+    [--search] [--json=FILE] [--markdown=FILE] [--hlo=FILE] [--nocompile]
 
 Compiles the step that `experiments.train` would run, ahead of time, and prints
 whether it fits, what lies where on a chip, FLOPs, bytes, collectives, time
@@ -47,6 +47,7 @@ _SCALING = flags.DEFINE_list(
 _SEARCH = flags.DEFINE_bool("search", False, "try rules, accumulation, remat")
 _COMPILE = flags.DEFINE_bool("compile", True, "compile, not only trace")
 _JSON = flags.DEFINE_string("json", None, "file for the same content")
+_HLO = flags.DEFINE_string("hlo", None, "file for the compiled text")
 _MARKDOWN = flags.DEFINE_string("markdown", None, "file for the table")
 
 SECONDS = 1800  # that one candidate of a search may take
@@ -236,6 +237,7 @@ def report(
   stage: str | None = None,
   updates: Sequence[str] | None = None,
   compile_step: bool = True,
+  hlo_file: str | None = None,
 ) -> dict[str, Any]:
   """Everything that the table says, as plain values.
 
@@ -246,6 +248,7 @@ def report(
     stage: see `program`.
     updates: see `program`.
     compile_step: False stops before the compiler.
+    hlo_file: for the compiled text.
   """
   began = time.monotonic()
   made = program(config, mesh, stage=stage, updates=updates)
@@ -292,13 +295,13 @@ def report(
   }
   memory = out["memory"]
   if compile_step:
-    _compile(traced, topology, mesh, out)
+    _compile(traced, topology, mesh, out, hlo_file)
   memory["fits"] = memory["needed"] <= memory["usable"]
   memory["spare"] = memory["usable"] - memory["needed"]
   return out
 
 
-def _compile(traced, topology, mesh, out) -> None:
+def _compile(traced, topology, mesh, out, hlo_file) -> None:
   """Adds what only the compiler knows."""
   began = time.monotonic()
   memory = out["memory"]
@@ -330,7 +333,9 @@ def _compile(traced, topology, mesh, out) -> None:
     + memory["program"]
   )
   out["flops"]["compiler"] = (done.cost_analysis() or {}).get("flops", 0.0)
-  moved = plan.read_moved(done.as_text(), mesh.shape)
+  text = done.as_text()
+  _write(hlo_file, text)
+  moved = plan.read_moved(text, mesh.shape)
   coordinates = [
     getattr(d, "coords", (i,)) for i, d in enumerate(mesh.devices.flat)
   ]
@@ -731,6 +736,7 @@ def run(overrides: Sequence[str]) -> None:
     stage=_STAGE.value,
     updates=_UPDATES.value,
     compile_step=_COMPILE.value,
+    hlo_file=_HLO.value,
   )
   if scaling and "bounds" in out:
     out["scaling"] = plan.weak_scaling(
