@@ -499,6 +499,24 @@ def test_no_array_of_rows_times_vocabulary_and_no_padded_head():
     assert re.search(rf"{N}x{V}x", oracle.lower(w).as_text())
 
 
+@pytest.mark.parametrize(
+    "platform,expected",
+    [("tpu", (4096, 2048)), ("gpu", (2048, 2048)), ("cuda", (2048, 2048)),
+     ("cpu", (2048, 1024)), ("another", (4096, 2048))],
+)  # fmt: skip
+def test_the_chunk_of_a_platform(platform, expected, monkeypatch):
+  monkeypatch.setattr(api.platform, "platform", lambda: platform)
+  h, w = jnp.ones((3, 2)), jnp.ones((2, 9000))
+
+  def widest(**options):
+    fn = lambda h: kernels.linear_divergence(h, w, (h, w), **options)
+    text = str(jax.make_jaxpr(fn)(h))
+    return max(int(a) for a in re.findall(r"f32\[3,(\d+)\]", text))
+
+  assert widest(kind="reverse_kl") == expected[0]
+  assert widest(kind="gopd", reference=(h, w)) == expected[1]
+
+
 def test_logits_as_teacher_and_trimmed_vocabularies(x64):
   x = cast(arrays(), jnp.float64)
   t = logits(x["t_hidden"], x["t_kernel"])[:, :31]

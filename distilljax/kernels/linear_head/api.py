@@ -34,10 +34,15 @@ Kind = Literal[
   "sparse_reverse_kl",
 ]
 Tail = Literal["bucket", "renormalize", "drop"]
-# Columns of a chunk without and with a reference: a pass holds a float32 array
-# [n, chunk] a model, which on a CPU should stay in the cache.
-CHUNKS = (4096, 2048)
-CPU_CHUNKS = (2048, 1024)
+# By platform, columns of a chunk without and with a reference: a pass holds a
+# float32 array [n, chunk] a model, which on a CPU should stay in the cache; of
+# those, a GPU's compiler keeps more at once.
+CHUNKS = {
+  "tpu": (4096, 2048),
+  "gpu": (2048, 2048),
+  "cuda": (2048, 2048),
+  "cpu": (2048, 1024),
+}
 
 
 class Head(NamedTuple):
@@ -490,8 +495,8 @@ def _plan(
     outputs.add("loss")
   chunk = chunk_size
   if chunk is None:
-    cpu = platform.platform() == "cpu"
-    chunk = (CPU_CHUNKS if cpu else CHUNKS)["reference" in sizes]
+    chunks = CHUNKS.get(platform.platform(), CHUNKS["tpu"])
+    chunk = chunks["reference" in sizes]
   order = ("loss", "lse", "entropy", "picks", "tempered", "rest")
   spec = xla.Spec(
     inputs=tuple(sorted(inputs)),
@@ -632,7 +637,7 @@ def linear_divergence(
       `jax.set_mesh`, or of the train step that it is traced in. Collectives
       are of per-token statistics only.
     chunk_size: columns of a chunk; None is 4096 (2048 where there is a
-      reference), on CPU 2048 (1024).
+      reference), on a GPU 2048, on CPU 2048 (1024).
     implementation: "xla"; None chooses.
 
   Returns:

@@ -3,8 +3,18 @@
 `tests/kernels/linear_divergence_aot_test.py` compiles it ahead of time and
 fails above a bound. One chunk of columns [n, chunk] in float32 is 128 MiB a
 model at 4096 columns; plain losses hold 9 to 14 GiB at this shape. With a
-reference there are 2048: at 2816 v6e's compiler took 0.384 GiB, not 0.3.
+reference there are 2048: at 2816 v6e's compiler took 0.384 GiB, not 0.3. On an
+H100 there are always 2048: at 4096 its compiler took 0.531 GiB for forward_kl
+and 0.750 for skew_reverse_kl, not 0.45 and 0.6.
 """
+
+# {chip: (most of a kind of one pass, most of one of two), GiB}.
+GATES = {
+  "v5e": (0.3, 0.45),
+  "v5p": (0.3, 0.45),
+  "v6e": (0.3, 0.45),
+  "h100": (0.45, 0.6),
+}
 
 # n, v, d: rows, vocabulary, width of all models, bfloat16.
 SHAPE = (8192, 151936, 4096)
@@ -38,4 +48,14 @@ TEMPORARIES = {
   ("v6e", "skew_forward_kl"): 404_320_448,
   ("v6e", "skew_reverse_kl"): 404_320_448,
   ("v6e", "total_variation"): 404_287_712,
+  ("h100", "forward_kl"): 352_565_104,
+  ("h100", "reverse_kl"): 285_414_512,
+  ("h100", "gopd"): 352_654_512,
+  ("h100", "gopd statistics"): 470_235_088,
+  ("h100", "generalized_jsd"): 419_771_264,
+  ("h100", "skew_forward_kl"): 419_771_264,
+  ("h100", "skew_reverse_kl"): 470_071_936,
+  ("h100", "total_variation"): 285_553_520,
+  ("h100", "forward_kl exact"): 285_382_512,
+  ("h100", "gopd exact"): 352_655_512,
 }
