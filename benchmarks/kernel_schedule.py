@@ -28,6 +28,7 @@ import time
 from typing import Any
 
 from distilljax.kernels.jvp_attention import tpu_bounds
+from distilljax.plan import chips
 
 LOW = "bfloat16"
 # Names of kernels; a backward is compiled as a pair, rows and columns.
@@ -37,18 +38,11 @@ KERNELS = (
 )  # fmt: skip
 UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 SPILLS, FILLS = "VSTORE:SPILL", "VLOAD:FILL"
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # Two processes may compile; the lock is for a chip.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def operands(
-    kernel: str, n: int, width: int, heads: int = 4, kv_heads: int = 4
+    kernel: str, n: int, width: int, heads: int = 4, kv_heads: int = 4,
+    module: Any = None,
 ) -> tuple[Any, list[tuple[tuple[int, ...], str]]]:
   """One of our kernels and what it takes.
 
@@ -58,11 +52,13 @@ def operands(
     width: of a head.
     heads: query heads.
     kv_heads: key heads.
+    module: where the kernels are, None for those of TPUs.
 
   Returns:
     (function of a spec and arrays, (shape, dtype) of the arrays).
   """
-  from distilljax.kernels.jvp_attention import pallas_tpu
+  if module is None:
+    from distilljax.kernels.jvp_attention import pallas_tpu as module
 
   q = ((1, heads, n, width), LOW)
   kv = ((1, kv_heads, n, width), LOW)
@@ -70,13 +66,13 @@ def operands(
   x = [q, kv, kv]
   after = lambda fn, *letters: lambda spec, *a: fn(spec, *letters, *a)
   return {
-      "forward": (pallas_tpu.forward, x),
-      "fused": (after(pallas_tpu.fused, "qkv"), x + x),
-      "fused_q": (after(pallas_tpu.fused, "q"), [*x, q]),
-      "tangent": (after(pallas_tpu.tangent, "qkv"), [*x, q, rows, *x]),
-      "backward": (after(pallas_tpu.backward, "qkv"), [*x, q, rows, q, rows]),
+      "forward": (module.forward, x),
+      "fused": (after(module.fused, "qkv"), x + x),
+      "fused_q": (after(module.fused, "q"), [*x, q]),
+      "tangent": (after(module.tangent, "qkv"), [*x, q, rows, *x]),
+      "backward": (after(module.backward, "qkv"), [*x, q, rows, q, rows]),
       "second_backward": (
-          after(pallas_tpu.second_backward, "qkv", "qkv"),
+          after(module.second_backward, "qkv", "qkv"),
           [*x, q, rows, *x, q, rows],
       ),
   }[kernel]
@@ -117,19 +113,13 @@ def shapes(chip: str, *sizes: tuple[tuple[int, ...], Any]) -> list[Any]:
   return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
 
 
-@functools.cache
 def devices(chip: str) -> Any:
   """The devices of a chip's topology; no device is needed.
 
   Args:
     chip: a key of `tpu_bounds.TOPOLOGIES`.
   """
-  from jax.experimental import topologies
-
-  os.environ.update(ENVIRONMENT)
-  return topologies.get_topology_desc(
-      platform="tpu", topology_name=tpu_bounds.TOPOLOGIES[chip]
-  ).devices
+  return chips.devices(tpu_bounds.TOPOLOGIES[chip])
 
 
 def compile_one(
@@ -226,7 +216,7 @@ def measure(chip: str, kernel: str, **setting: Any) -> list[dict[str, Any]]:
   """
   with tempfile.TemporaryDirectory() as folder:
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-    environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
+    environment = {**os.environ, **chips.ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
     call = json.dumps({"chip": chip, "kernel": kernel, **setting})
     start = time.perf_counter()
     done = subprocess.run(
