@@ -429,12 +429,13 @@ def _memory_lines(out) -> list[str]:
   ]
   rows.append(("", "batch", "", _size(memory["batch"])))
   if "temporaries" in memory:
-    known = memory["state"] + memory["batch"]
-    fresh = memory["outputs"] - memory["aliased"]
+    # What jit leaves out of the arguments makes it negative.
+    rest = memory["arguments"] - memory["state"] - memory["batch"]
+    rest += memory["outputs"] - memory["aliased"]
     rows += [
       ("", "activations and temporaries", "", _size(memory["temporaries"])),
       ("", "program", "", _size(memory["program"])),
-      ("", "layout, metrics", "", _size(memory["arguments"] - known + fresh)),
+      ("", "layout, what is unused", "", _size(rest)),
     ]
   rows.append(("**all**", "", "", f"**{_size(memory['needed'])}**"))
   return _table(("network", "kind", "numbers", "a chip"), rows)
@@ -489,7 +490,8 @@ def _bound_lines(out) -> list[str]:
     ),
     "",
     f"Binding: {bounds['binding']}; at most {share:.0%} of the chips' peak if"
-    " all overlaps.",
+    f" all overlaps. As scheduled, {_time(bounds['blocking'])} of the network"
+    " are in collectives that a chip waits for.",
   ]
 
 
@@ -501,19 +503,20 @@ def _scaling_lines(out) -> list[str]:
       _time(r["compute"]),
       f"{_time(r['network'])} + {_time(r['hops'])}",
       "yes" if r["hidden"] else "no",
-      f"{r['efficiency']:.0%}",
+      f"{r['overlapped']:.0%}",
+      f"{r['serial']:.0%}",
       _size(r["bytes"]) + ("" if r["fits"] else " (too much)"),
     )
     for r in out["scaling"]
   ]
   head = (
-    "chips", "shape", "compute", "network + hops", "hidden", "of peak at most",
-    "a chip",
+    "chips", "shape", "compute", "network + hops", "can hide",
+    "of peak, hidden", "not hidden", "a chip",
   )  # fmt: skip
   words = (
-    "On paper, from the numbers above: a chip keeps its rows, the axis that"
-    " networks are cut over grows with the slice, everything overlaps that can."
-    " See docs/planning.md for what that leaves out."
+    "On paper, from the numbers above: a chip keeps its rows, and the axis that"
+    " networks are cut over grows with the slice. docs/planning.md says what"
+    " that leaves out."
   )
   return [*_table(head, rows), "", words]
 

@@ -17,6 +17,9 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+import jax
+from jax.experimental import topologies
+
 from distilljax import _checks
 
 GIB = 2**30
@@ -149,10 +152,11 @@ def devices(name: str) -> tuple[Any, ...]:
   Raises:
     ValueError: an unknown topology, or its compiler is not installed.
   """
-  from jax.experimental import topologies  # noqa: PLC0415
-
   wanted = topology(name)
   os.environ.update(ENVIRONMENT)
+  if not jax.config.jax_platforms:
+    # Else CUDA's plugin wants a driver and cuDNN, of which a plan needs none.
+    jax.config.update("jax_platforms", "cpu")
   if wanted.chip.platform == "tpu":
     options = {"platform": "tpu", "topology_name": name}
     extra = "'distilljax[plan]'"

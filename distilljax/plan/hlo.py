@@ -77,6 +77,8 @@ class Collective(NamedTuple):
     bytes: what they bring each chip in a step.
     ahead: part of `bytes` that goes to the chip before, of permutes: links
       have two directions.
+    blocking: part of `bytes` that the schedule waits for: what is not started
+      at one place and awaited at another.
   """
 
   kind: str
@@ -86,6 +88,7 @@ class Collective(NamedTuple):
   count: float
   bytes: float
   ahead: float
+  blocking: float
 
 
 class Moved(NamedTuple):
@@ -414,7 +417,7 @@ class _Program:
   # --- collectives -------------------------------------------------------
 
   def _collective(self, computation, lines, instruction):
-    """(key, count, bytes, bytes ahead) of a collective, or None."""
+    """(key, count, bytes, ahead, blocking) of a collective, or None."""
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in KINDS:
       return None
@@ -446,12 +449,13 @@ class _Program:
       extent = [self.mesh[a] for a in axes.split("+") if a in self.mesh]
       n = math.prod(extent)
     first = tuple(int(i) for i in members[0])
-    return (kind, axes, n, first), 1.0, moved, ahead
+    waits = 0.0 if instruction.opcode.endswith("-start") else moved
+    return (kind, axes, n, first), 1.0, moved, ahead, waits
 
   # --- all ---------------------------------------------------------------
 
   def moved(self, computation: str) -> tuple[Number, dict]:
-    """(bytes of memory, {collective: (count, bytes, ahead)}) of one run."""
+    """Bytes of memory and {collective: its numbers} of one run."""
     if computation in self._done:
       return self._done[computation]
     lines = self.computations.get(computation, {})
@@ -461,7 +465,7 @@ class _Program:
       nonlocal memory
       memory += times * part[0]
       for key, values in part[1].items():
-        old = found.get(key, (0.0, 0.0, 0.0))
+        old = found.get(key, (0.0,) * len(values))
         found[key] = tuple(o + times * v for o, v in zip(old, values))
 
     for instruction in lines.values():
@@ -485,7 +489,10 @@ class _Program:
           add(max(parts, key=weight))
       elif opcode in ("call", "async-start"):
         inner = _called(instruction, "to_apply")
-        add(self.moved(inner or _called(instruction, "calls")))
+        part = self.moved(inner or _called(instruction, "calls"))
+        if opcode == "async-start":
+          part = part[0], {k: (*v[:-1], 0.0) for k, v in part[1].items()}
+        add(part)
       else:
         if opcode == "fusion":
           # What is inside touches no memory of its own, but may be sent.
@@ -512,13 +519,11 @@ def read(text: str, mesh: Mapping[str, int]) -> Moved:
   program = _Program(text, mesh)
   memory, found = program.moved(program.entry)
   merged: dict[tuple[str, str, int], Collective] = {}
-  for (kind, axes, n, members), (number, moved, ahead) in found.items():
+  for (kind, axes, n, members), values in found.items():
     key = (kind, axes, n)
-    old = merged.get(key) or Collective(*key, members, 0.0, 0.0, 0.0)
-    merged[key] = old._replace(
-      count=old.count + number,
-      bytes=old.bytes + moved,
-      ahead=old.ahead + ahead,
+    old = merged.get(key) or Collective(*key, members, 0.0, 0.0, 0.0, 0.0)
+    merged[key] = Collective(
+      *old[:4], *(o + v for o, v in zip(old[4:], values))
     )
   rows = sorted(merged.values(), key=lambda c: -c.bytes)
   return Moved(memory, tuple(rows), tuple(program.unknown))

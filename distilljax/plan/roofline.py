@@ -33,6 +33,8 @@ class Bounds(NamedTuple):
     hops: latencies of the links, one collective after the other.
     rings: part of `network` that is rings of permutes.
     ring_hops: part of `hops` that is.
+    blocking: part of `network` that the schedule waits for, so that it hides
+      behind nothing as the step was compiled.
   """
 
   compute: float
@@ -41,6 +43,7 @@ class Bounds(NamedTuple):
   hops: float
   rings: float = 0.0
   ring_hops: float = 0.0
+  blocking: float = 0.0
 
   @property
   def binding(self) -> str:
@@ -126,9 +129,12 @@ def bounds(
   """
   chip = topology.chip
   sent = [(0.0, 0.0)], [(0.0, 0.0)]
+  blocking = 0.0
   for one in moved.collectives:
     ring = one.kind == "collective-permute"
-    sent[ring].append(_sent(one, topology, coordinates))
+    seconds = _sent(one, topology, coordinates)
+    sent[ring].append(seconds)
+    blocking += seconds[0] * one.blocking / max(one.bytes, 1)
   others, rings = ([sum(x) for x in zip(*part)] for part in sent)
   return Bounds(
     flops / (topology.size * chip.flops),
@@ -136,6 +142,7 @@ def bounds(
     others[0] + rings[0],
     others[1] + rings[1],
     *rings,
+    blocking,
   )
 
 
@@ -155,9 +162,9 @@ def weak_scaling(
     shapes: slices of the same chip: "2x2x4", "4x4x4", ...
 
   Returns:
-    A row for each: chips, seconds of compute, memory, network and hops, whether
-    the network is hidden behind compute, share of the step that compute is if
-    it is, bytes a chip.
+    A row for each: chips, seconds of compute, memory, network and hops; whether
+    the network can hide behind compute, the share of peak that is then left at
+    most, and the share if nothing of it is hidden; bytes a chip.
   """
   base = chips_lib.topology(report["topology"])
   time, memory = report["bounds"], report["memory"]
@@ -183,8 +190,10 @@ def weak_scaling(
         "network": rings + rest * wide,
         "hops": hops,
         "hidden": network <= time["compute"],
-        "efficiency": time["compute"]
+        "overlapped": time["compute"]
         / max(time["compute"], time["memory"], network),
+        "serial": time["compute"]
+        / (max(time["compute"], time["memory"]) + network),
         "bytes": held,
         "fits": held <= there.chip.usable,
       }

@@ -57,6 +57,7 @@ def one(kind, **values):
   given = {
     "kind": kind, "axes": "fsdp", "group": 8, "members": (0, 1, 2, 3),
     "count": 1.0, "bytes": 0.0, "ahead": 0.0,
+    "blocking": 0.0,
   }  # fmt: skip
   return plan.Collective(**{**given, **values})
 
@@ -131,6 +132,13 @@ def test_weak_scaling_by_hand():
   assert large["hops"] == pytest.approx(0.008 * 256 + 0.002 * 24 / 4)
   assert large["bytes"] == 64e9 / 256 + 10e9
   assert large["hidden"] is False
-  assert large["efficiency"] == pytest.approx(
-    1 / (large["network"] + large["hops"])
-  )
+  network = large["network"] + large["hops"]
+  assert large["overlapped"] == pytest.approx(1 / network)
+  assert large["serial"] == pytest.approx(1 / (1 + network))
+  assert same["overlapped"] == 1
+
+
+def test_what_the_schedule_waits_for_is_said():
+  rate = plan.CHIPS["v5p"].link_rate
+  half = roofline(one("all-gather", bytes=4 * rate, blocking=2 * rate))
+  assert (half.network, half.blocking) == (2.0, 1.0)

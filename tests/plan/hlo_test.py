@@ -111,6 +111,9 @@ def test_a_recorded_text():
   ring = rows["collective-permute"]
   assert (ring.axes, ring.group, ring.count) == ("fsdp", 4, 2 * runs)
   assert (ring.bytes, ring.ahead) == (2 * runs * layer, runs * layer)
+  # The rings are started and awaited; the others stop the chip.
+  assert ring.blocking == 0
+  assert all(c.blocking == c.bytes for c in rows.values() if c is not ring)
   scatter = rows["reduce-scatter"]
   assert (scatter.axes, scatter.group, scatter.count) == ("fsdp", 4, 1)
   assert scatter.bytes == 3 / 4 * g
