@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from benchmarks import kernel_schedule
+from distilljax import plan
 from distilljax.kernels.jvp_attention import tpu_bounds
 
 CHIPS = tuple(tpu_bounds.TOPOLOGIES)
@@ -29,10 +29,7 @@ def shapes(chip, *sizes):
 def mesh(topology, **axes):
   """A mesh of the devices of a topology that is not here, as "v5e:2x4"."""
   pytest.importorskip("libtpu", reason="needs the extra plan")
-  os.environ.update(kernel_schedule.ENVIRONMENT)
-  found = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology
-  ).devices
+  found = plan.devices(topology)
   return Mesh(
       np.asarray(found).reshape(tuple(axes.values())), tuple(axes),
       axis_types=(AxisType.Auto,) * len(axes),
