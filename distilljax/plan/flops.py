@@ -174,16 +174,24 @@ def _attention(equation) -> Flops:
   """As plain formulas in one block; a causal mask leaves out what it hides."""
   params = dict(equation.params)
   spec = params.pop("spec")
-  q, k = (v.aval.shape for v in equation.invars[:2])
-  n, m = q[2], k[2]
+  n, m = (v.aval.shape[2] for v in equation.invars[:2])
   plain = dataclasses.replace(
-    spec, implementation="xla", causal=False, rows=n, columns=m
+    spec,
+    implementation="xla",
+    causal=False,
+    rows=n,
+    columns=m,
+    axis=None,
+    parts=1,
+    zigzag=False,
   )
   fn = attention._function(equation.primitive, plain, params)
-  found = _traced(fn, equation)
+  # Where a mesh axis cuts the sequence, own rows meet the columns of all.
+  found = _traced(fn, equation).times(spec.parts)
   if spec.causal:
-    seen = sum(min(max(i + 1 + m - n, 0), m) for i in range(n))
-    found = found.times(seen / (n * m))
+    n, m = n * spec.parts, m * spec.parts
+    seen = np.clip(np.arange(n) + 1 + m - n, 0, m).sum()
+    found = found.times(float(seen) / (n * m))
   return found.as_kernels()
 
 

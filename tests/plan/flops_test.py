@@ -119,6 +119,25 @@ def test_attention_as_its_formulas(causal):
   assert count(jax.grad(loss, (0, 1, 2)), q, q, q).total == 7 * product
 
 
+@pytest.mark.parametrize("strategy", ["ring", "all_to_all"])
+def test_attention_with_a_cut_sequence_costs_what_it_does_whole(strategy):
+  mesh = jax.make_mesh(
+    (2, 4), ("data", "context"), (jax.sharding.AxisType.Auto,) * 2,
+    devices=jax.devices()[:8],
+  )  # fmt: skip
+  q = jax.ShapeDtypeStruct((2, 16, 4, 8), F32)
+  cut = lambda q, k, v: jnp.sum(
+    kernels.sharded_attention(
+      q, k, v, mesh=mesh, strategy=strategy, causal=True
+    )
+  )
+  whole = lambda q, k, v: jnp.sum(kernels.attention(q, k, v, causal=True))
+  for fn in (lambda f: f, lambda f: jax.grad(f, (0, 1, 2))):
+    found = count(fn(cut), q, q, q)
+    assert found.kernels == pytest.approx(count(fn(whole), q, q, q).kernels)
+    assert not found.unknown_loops
+
+
 def test_output_heads():
   rows, width, vocabulary = 32, 8, 50
   hidden = jax.ShapeDtypeStruct((rows, width), F32)
