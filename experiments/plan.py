@@ -568,28 +568,30 @@ def candidates(
     topology: the slice.
   """
   chips = topology.size
-  tensor = next((n for n in (8, 4, 2) if chips % n == 0 and n < chips), 1)
   few = max(1, chips // 8)
-  rules = [("dp", 0, 1), ("fsdp", 0, 1)]
+  part = next((n for n in (8, 4, 2) if chips % n == 0 and n < chips), 1)
+  # (rule, parts of a cut network (0: all), axis that takes chips, its size)
+  rules = [("dp", 0, None, 1), ("fsdp", 0, None, 1)]
   if few > 1:
-    rules.append(("fsdp", few, 1))
-  if tensor > 1:
-    rules.append(("fsdp+tensor", 0, tensor))
+    rules.append(("fsdp", few, None, 1))
+  for axis in ("tensor", "context"):
+    if part > 1 and axis in config.run:
+      rules.append((f"fsdp+{axis}", 0, axis, part))
   remats = ("none", "dots", "block") if "remat" in config.model else (None,)
   rows = config[stage].get("batch_size") or config.data.batch_size
-  for (rule, fsdp, parts), accumulation, remat in itertools.product(
+  for (rule, fsdp, axis, parts), accumulation, remat in itertools.product(
     rules, (1, 2, 4), remats
   ):
-    row_parts = chips // parts
-    if rows % (row_parts * accumulation):
+    if rows % (chips // parts * accumulation):
       continue
     out = {
       "run.rules": rule,
       "run.fsdp": fsdp,
-      "run.tensor": parts,
       f"{stage}.accumulation": accumulation,
       "run.unroll": False,
     }
+    if axis is not None:
+      out[f"run.{axis}"] = parts
     if remat is not None:
       out["model.remat"] = remat
     yield out
@@ -634,7 +636,12 @@ def search_table(found: Sequence[Mapping[str, Any]]) -> str:
   for i, one in enumerate(found):
     tried = one["tried"]
     name = tried["run.rules"]
-    name += f" ({tried['run.fsdp']})" if tried["run.fsdp"] else ""
+    sizes = [
+      f"{axis} {tried[f'run.{axis}']}"
+      for axis in ("fsdp", "tensor", "context")
+      if tried.get(f"run.{axis}")
+    ]
+    name += f" ({', '.join(sizes)})" if sizes else ""
     accumulation = next(v for k, v in tried.items() if "accumulation" in k)
     cells = [i + 1, name, accumulation, tried.get("model.remat", "")]
     if "error" in one:
