@@ -27,10 +27,15 @@ def shapes(chip, *sizes):
 
 
 def mesh(topology, **axes):
-  """A mesh of the devices of a topology that is not here, as "v5e:2x4"."""
-  pytest.importorskip("libtpu", reason="needs the extra plan")
-  found = plan.devices(topology)
+  """A mesh of devices that are not here, as "v5e:2x4" or "h100:4"."""
+  if topology.startswith("h100"):
+    pytest.importorskip(
+        "jax_cuda12_plugin", reason="needs what docs/api/kernels.md installs"
+    )
+  else:
+    pytest.importorskip("libtpu", reason="needs the extra plan")
+  found = np.asarray(plan.devices(topology))
   return Mesh(
-      np.asarray(found).reshape(tuple(axes.values())), tuple(axes),
+      found.reshape(tuple(axes.values())), tuple(axes),
       axis_types=(AxisType.Auto,) * len(axes),
   )  # fmt: skip

@@ -17,7 +17,7 @@ from distilljax import kernels
 from distilljax.kernels.jvp_attention import gpu_bounds, pallas_gpu
 from distilljax.kernels.jvp_attention import spec as spec_lib
 from tests.helpers import one_line_error
-from tests.kernels import h100
+from tests.kernels import aot, h100
 from tests.kernels.attention_aot_test import mean_flow_step
 
 pytestmark = pytest.mark.aot
@@ -124,7 +124,7 @@ def test_a_mean_flow_step_fits():
 
 def test_on_a_mesh_of_gpus_the_kernels_are_the_default():
   q = ((1, 256, 2, 64), jnp.bfloat16)
-  with jax.set_mesh(h100.mesh()):
+  with jax.set_mesh(aot.mesh("h100:1", x=1)):
     _, found = h100.compile_kernels(
         lambda q: kernels.attention(q, q, q), q
     )
@@ -133,7 +133,7 @@ def test_on_a_mesh_of_gpus_the_kernels_are_the_default():
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_on_four_gpus_inside_a_shard_map(check_vma):
-  mesh = h100.mesh(4, "data")
+  mesh = aot.mesh("h100:4", data=4)
   rows = PartitionSpec("data")
   q = jax.ShapeDtypeStruct(
       (4, 1024, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, rows)

@@ -9,11 +9,9 @@ import subprocess
 import tempfile
 
 import jax
-import numpy as np
-import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from distilljax import plan
+from tests.kernels import aot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +29,9 @@ class Resources:
   tensor_cores: int
 
 
-def mesh(size=1, name="x"):
-  """Some H100s that are not here."""
-  pytest.importorskip(
-      "jax_cuda12_plugin", reason="needs what docs/api/kernels.md installs"
-  )
-  return Mesh(np.asarray(plan.devices(f"h100:{size}")), (name,))
-
-
 def shapes(*sizes):
   """Abstract arrays on one H100, from (shape, dtype)."""
-  sharding = NamedSharding(mesh(), PartitionSpec())
+  sharding = NamedSharding(aot.mesh("h100:1", x=1), PartitionSpec())
   return [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in sizes]
 
 
