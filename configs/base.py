@@ -10,9 +10,10 @@ def run(*, log_every: int, checkpoint_every: int, keep: int) -> dict:
     "checkpoint_every": checkpoint_every,  # steps between checkpoints
     "keep": keep,  # checkpoints kept a stage
     "max_skips_in_a_row": 20,  # non-finite updates before a run stops
-    "rules": "dp",  # or "fsdp", "fsdp+tensor", or one by network
-    "fsdp": 0,  # parts of a cut network; 0 is the devices that tensor leaves
+    "rules": "dp",  # or "fsdp", "fsdp+tensor", "fsdp+context", or by network
+    "fsdp": 0,  # parts of a cut network; 0 is the devices that others leave
     "tensor": 1,  # parts of the inside of a block, for "fsdp+tensor"
+    "context": 1,  # parts of the tokens of a row, for "fsdp+context"
     "unroll": True,  # micro-batches as a Python loop; False saves memory
     "compute_dtype": "float32",  # or "bfloat16": of losses; masters stay
     "frozen_dtype": "float32",  # or "bfloat16": in which teachers lie

@@ -444,8 +444,8 @@ def make_mesh(
   """
   names = set(rule_names(run))
   fsdp = (run.get("fsdp") or None) if any("fsdp" in n for n in names) else 1
-  tensor = run.get("tensor") or 1
-  return train.make_mesh(devices, fsdp=fsdp, tensor=tensor)
+  others = {name: run.get(name) or 1 for name in ("tensor", "context")}
+  return train.make_mesh(devices, fsdp=fsdp, **others)
 
 
 def rule_names(run: Any) -> list[str]:

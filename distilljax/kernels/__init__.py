@@ -7,6 +7,7 @@ loaded when they are used.
 from distilljax.kernels.jvp_attention.api import attention, attention_jvp
 from distilljax.kernels.jvp_attention.context import (
   context_attention,
+  from_zigzag,
   sharded_attention,
   zigzag_positions,
 )
@@ -23,6 +24,7 @@ __all__ = [
   "attention",
   "attention_jvp",
   "context_attention",
+  "from_zigzag",
   "linear_divergence",
   "linear_token_statistics",
   "sharded_attention",

@@ -119,14 +119,14 @@ class DiT(nnx.Module):
     if not self.scan_layers:
       for i in range(self.depth):
         block = layers.rematerialize(getattr(self, f"block_{i}"), self.remat)
-        h = block(layers.cut_rows(h), c)
+        h = block(layers.cut_rows(h, sequence=1), c)
         if i == chosen:
           middle = h
       return h, middle
 
     def call(block, i, carry):
       h, middle = carry
-      h = block(layers.cut_rows(h), c)
+      h = block(layers.cut_rows(h, sequence=1), c)
       return h, jnp.where(i == chosen, h, middle) if features else None
 
     return layers.scan(

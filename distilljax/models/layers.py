@@ -52,7 +52,7 @@ def conv2d(x, kernel, *, stride: int = 1, implementation: str = "native"):
   return out.reshape(b, rows, columns, o)
 
 
-def cut_rows(x):
+def cut_rows(x, *, sequence: int | None = None):
   """Keeps the rows of `x` cut over the devices of a train step, else nothing.
 
   Between a matrix and rows that are cut over the same devices the compiler may
@@ -61,80 +61,99 @@ def cut_rows(x):
 
   Args:
     x: array with the batch first.
+    sequence: axis of the tokens, None where there is none.
 
   Returns:
     x, its rows cut over the mesh axes `data` and `fsdp` where there are such
-    (`train.make_step` puts them in context) and they divide the rows.
+    (`train.make_step` puts them in context) and they divide the rows; likewise
+    its tokens over `context`.
   """
-  names = _row_axes()
-  if not names or x.shape[0] % _parts(names):
+  rows = _dividing(x.shape[0], "data", "fsdp")
+  cut = [rows or PartitionSpec.UNCONSTRAINED]
+  if sequence is not None:
+    context = _dividing(x.shape[sequence], "context")
+    cut += [None] * (sequence - 1) + [context] if context else []
+  if not rows and len(cut) == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(names))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*cut))
 
 
-def _automatic(*names, least=2):
-  """Those of these mesh axes over which the compiler cuts arrays.
-
-  Args:
-    *names: of axes.
-    least: size that an axis must have.
-  """
+def _automatic(*names):
+  """{axis: devices} of these mesh axes over which the compiler cuts arrays."""
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   automatic = jax.sharding.AxisType.Auto
-  return tuple(
-      name for name in names
-      if kinds.get(name) == automatic and mesh.shape[name] >= least
-  )  # fmt: skip
+  return {
+      name: mesh.shape[name] for name in names
+      if kinds.get(name) == automatic and mesh.shape[name] > 1
+  }  # fmt: skip
 
 
-def _row_axes():
-  return _automatic("data", "fsdp")
+def _dividing(size, *names):
+  """These mesh axes together, none of them where they do not divide `size`."""
+  found = _automatic(*names)
+  return () if size % math.prod(found.values()) else tuple(found)
 
 
-def _parts(names):
-  shape = jax.sharding.get_abstract_mesh().shape
-  return math.prod(shape[name] for name in names)
+def zigzag(name: str, argument: str, length: int):
+  """Positions of causal tokens in the order in which devices wait for none.
+
+  Args:
+    name: of the network, for messages.
+    argument: name of the tokens, for messages.
+    length: number of tokens.
+
+  Returns:
+    `kernels.zigzag_positions` over the mesh axis `context`, int32 [length];
+    None where no such axis cuts the tokens.
+  """
+  parts = _automatic("context").get("context")
+  if parts is None:
+    return None
+  if length % (2 * parts):
+    nearest = _checks.nearest_multiple(length, 2 * parts)
+    _checks.fail(
+        name, argument,
+        f"of a length divisible by 2 x the {parts} devices of mesh axis"
+        " 'context'", f"{length}; nearest: {nearest}",
+    )  # fmt: skip
+  return kernels.zigzag_positions(length, parts)
+
+
+def unzigzag(x):
+  """Tokens [b, n, d] in the order of `zigzag`, in their own again."""
+  rows = _dividing(x.shape[0], "data", "fsdp")
+  place = PartitionSpec(rows or None, "context")
+  return jax.shard_map(
+      lambda x: kernels.from_zigzag(x, axis_name="context"),
+      in_specs=place,
+      out_specs=place,
+      axis_names={*rows, "context"},
+  )(x)
 
 
 def attention(q, k, v, **options):
-  """`kernels.attention`, every device with its own rows and heads.
-
-  A kernel is a program of one device, which no compiler can cut, and the blocks
-  of "xla" are sized by what one device has. So inside a train step the rows
-  are cut over its mesh axes `data` and `fsdp`, and the heads over `tensor`, by
-  hand.
+  """`kernels.sharded_attention` over the mesh of a train step.
 
   Args:
     q: queries. Shape [b, n, h, d].
     k: keys. Shape [b, m, h_kv, d].
     v: values. Shape [b, m, h_kv, e].
-    **options: of `kernels.attention`; ids of segments are cut as rows are.
+    **options: of `kernels.sharded_attention`. Causal tokens are expected in the
+      order of `zigzag`.
 
   Returns:
-    As `kernels.attention`; whole where the mesh does not divide rows or heads.
+    As `kernels.attention`; rows and heads are whole where the mesh does not
+    divide them, tokens that it does not divide are an error.
   """
-  names = _row_axes()
-  rows = names if names and q.shape[0] % _parts(names) == 0 else ()
-  names = _automatic("tensor")
-  divides = q.shape[2] % _parts(names) == 0 == k.shape[2] % _parts(names)
-  heads = names if divides else ()
-  if not rows and not heads:
-    return kernels.attention(q, k, v, **options)
-  spec = PartitionSpec(rows or None, None, heads or None)
-  ids = [n for n in ("q_segment_ids", "kv_segment_ids") if n in options]
-  rest = {k: v for k, v in options.items() if k not in ids}
-
-  def local(q, k, v, *values):
-    return kernels.attention(q, k, v, **rest, **dict(zip(ids, values)))
-
-  return jax.shard_map(
-      local,
-      in_specs=(spec,) * 3 + (PartitionSpec(rows or None),) * len(ids),
-      out_specs=spec,
-      # A kernel wants no axis left to the compiler, of whatever size.
-      axis_names=set(_automatic("data", "fsdp", "tensor", least=1)),
-  )(q, k, v, *(options[n] for n in ids))
+  heads = _dividing(math.gcd(q.shape[2], k.shape[2]), "tensor")
+  return kernels.sharded_attention(
+      q, k, v,
+      batch_axes=_dividing(q.shape[0], "data", "fsdp"),
+      head_axis=heads[0] if heads else None,
+      order="zigzag",
+      **options,
+  )  # fmt: skip
 
 
 # What the backward pass of a block finds of its forward pass.

@@ -323,12 +323,13 @@ class Transformer(nnx.Module):
     """All blocks, without a cache."""
     if self.scan_layers:
       call = lambda block, i, h: block(
-          layers.cut_rows(h), cos, sin, allowed, None, None
+          layers.cut_rows(h, sequence=1), cos, sin, allowed, None, None
       )[0]
       return layers.scan(self.layers, call, h, remat=self.remat)
     for block in self.layers:
       block = layers.rematerialize(block, self.remat)
-      h, _ = block(layers.cut_rows(h), cos, sin, allowed, None, None)
+      h = layers.cut_rows(h, sequence=1)
+      h, _ = block(h, cos, sin, allowed, None, None)
     return h
 
   def __call__(
@@ -384,13 +385,19 @@ class Transformer(nnx.Module):
     else:
       _checks.integer(name, positions=positions)
       _checks.shape(name, "positions", positions, (b, l), "[b, l]", "tokens")
-    angles = rotary_angles(
-        jnp.asarray(positions), self.head_dim, self.rope_base
-    )
+    positions = jnp.asarray(positions)
+    order = None
+    if cache is None:
+      order = layers.zigzag(name, "tokens", l)
+    if order is not None:
+      tokens, positions = tokens[:, order], positions[:, order]
+      allowed = None if allowed is None else allowed[:, order]
+    angles = rotary_angles(positions, self.head_dim, self.rope_base)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     h = self.embed_tokens(tokens)
     if cache is None:
       h = self._blocks(h, cos, sin, allowed)
+      h = h if order is None else layers.unzigzag(h)
     else:
       keys, values = [], []
       for i in range(self.depth):
@@ -402,7 +409,7 @@ class Transformer(nnx.Module):
         h, kv = block(h, cos, sin, allowed, kv, cache.index)
         keys.append(kv[0])
         values.append(kv[1])
-    h = self.norm(layers.cut_rows(h))
+    h = self.norm(layers.cut_rows(h, sequence=1))
     head = (
         self.embed_tokens.weight[...].T
         if self.tied

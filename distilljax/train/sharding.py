@@ -1,15 +1,16 @@
 """Meshes, and rules that say how networks are cut over them.
 
-A mesh has the axes `data`, `fsdp` and `tensor`. Rows of a batch are cut over
-`data` and `fsdp`. A rule maps names of parameter axes (`models.axes`) to mesh
-axes:
+A mesh has the axes `data`, `fsdp`, `tensor` and `context`. Rows of a batch are
+cut over `data` and `fsdp`, the tokens of a transformer's rows over `context`. A
+rule maps names of parameter axes (`models.axes`) to mesh axes:
 
 * "dp": nothing is cut;
 * "fsdp": every matrix is cut over `fsdp`, once, along the first of its named
   axes that divides; the compiler gathers it where a layer uses it and
   scatters its gradient;
 * "fsdp+tensor": first the inside of blocks (`mlp`, `heads`, `vocab`) over
-  `tensor`, then the rest over `fsdp`.
+  `tensor`, then the rest over `fsdp`;
+* "fsdp+context": as "fsdp", over `fsdp` and `context` together.
 
 A parameter that no table names is cut over `fsdp` along its longest axis that
 divides. Vectors and arrays below `SMALL` numbers are never cut: gathering them
@@ -17,6 +18,7 @@ would cost more than it saves.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,22 +31,18 @@ from distilljax import _checks
 from distilljax.models import axes as axes_lib
 from distilljax.typing import Params, PyTree
 
-MESH_AXES = ("data", "fsdp", "tensor")
-# rule -> (mesh axis, names of parameter axes it may cut, in order), in order.
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+_ALL = ("embed", "mlp", "heads", "vocab")
+# rule -> (mesh axes, names of parameter axes they may cut, in order), in order.
 RULES = {
   "dp": (),
-  "fsdp": (("fsdp", ("embed", "mlp", "heads", "vocab")),),
-  "fsdp+tensor": (
-    ("tensor", ("mlp", "heads", "vocab")),
-    ("fsdp", ("embed", "mlp", "heads", "vocab")),
-  ),
+  "fsdp": ((("fsdp",), _ALL),),
+  "fsdp+tensor": ((("tensor",), _ALL[1:]), (("fsdp",), _ALL)),
+  "fsdp+context": ((("fsdp", "context"), _ALL),),
 }
 SMALL = 1024
 
-
-def nearest_multiple(value: int, of: int) -> int:
-  """The positive multiple of `of` that is nearest to `value`."""
-  return max(1, round(value / of)) * of
+nearest_multiple = _checks.nearest_multiple
 
 
 def make_mesh(
@@ -53,8 +51,9 @@ def make_mesh(
   data: int | None = None,
   fsdp: int | None = 1,
   tensor: int = 1,
+  context: int = 1,
 ) -> jax.sharding.Mesh:
-  """A mesh with the axes `data`, `fsdp` and `tensor` over all devices.
+  """A mesh with the axes of `MESH_AXES` over all devices.
 
   Args:
     devices: devices in order; None is all of them.
@@ -62,6 +61,7 @@ def make_mesh(
     fsdp: number of parts of a network's state; None is what the others leave
       (then `data` is 1 where it is None too).
     tensor: number of parts of the inside of a block.
+    context: number of parts of the tokens of a row.
 
   Returns:
     The mesh. With the default sizes it serves plain data parallelism.
@@ -73,14 +73,14 @@ def make_mesh(
   count = len(devices)
   if fsdp is None and data is None:
     data = 1
-  given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  given = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
   known = {k: v for k, v in given.items() if v is not None}
   for name, size in known.items():
     if size < 1:
       _checks.fail("make_mesh", name, ">= 1", size)
   product = math.prod(known.values())
   text = " x ".join(f"{k}={v}" for k, v in known.items())
-  if len(known) == 3 and product != count:
+  if len(known) == len(given) and product != count:
     raise ValueError(
       f"make_mesh: {text} = {product} must be the number of devices, {count}"
     )
@@ -101,7 +101,7 @@ def make_mesh(
     )
   sizes = [count // product if v is None else v for v in given.values()]
   return jax.make_mesh(
-    sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices
+    sizes, MESH_AXES, (AxisType.Auto,) * len(sizes), devices=devices
   )
 
 
@@ -132,8 +132,8 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
 def row_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """Which part of every batch this process has to bring.
 
-  Processes that hold the same rows (their devices differ along `tensor` only)
-  get the same answer.
+  Processes that hold the same rows (their devices differ along `tensor` and
+  `context` only) get the same answer.
 
   Args:
     mesh: the mesh.
@@ -154,8 +154,8 @@ def row_shard(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   if mine != list(range(first, first + size)) or parts % size or first % size:
     raise ValueError(
       f"mesh: a process must hold neighbouring parts of the rows, got {mine}"
-      f" of {parts}; choose fsdp x tensor that divides or is a multiple of the"
-      f" {jax.local_device_count()} devices of a process"
+      f" of {parts}; choose fsdp x tensor x context that divides, or is a"
+      f" multiple of, the {jax.local_device_count()} devices of a process"
     )
   return first // size, parts // size
 
@@ -184,7 +184,7 @@ def rule_of(
   for network, rule in rules.items():
     _checks.one_of("rules", "network", network, networks)
     _checks.one_of("make_step", "rules", rule, RULES)
-    for axis, _ in RULES[rule]:
+    for axis in itertools.chain.from_iterable(axes for axes, _ in RULES[rule]):
       if axis not in mesh.axis_names:
         raise ValueError(
           f"rules: {rule!r} needs the mesh axis {axis!r}, got a mesh of"
@@ -206,15 +206,16 @@ def _spec(rule, path, shape, mesh, table) -> PartitionSpec:
   if len(shape) < 2 or math.prod(shape) < SMALL:
     return PartitionSpec()
   names = axes_lib.axis_names(path.partition("/")[2], len(shape), table)
-  cut: list[str | None] = [None] * len(shape)
-  for mesh_axis, wanted in RULES[rule]:
-    parts = mesh.shape[mesh_axis]
+  cut: list[Any] = [None] * len(shape)
+  for mesh_axes, wanted in RULES[rule]:
+    mesh_axes = tuple(a for a in mesh_axes if mesh.shape[a] > 1)
+    parts = math.prod(mesh.shape[a] for a in mesh_axes)
     if parts == 1:
       continue
     if names is None:
       # Unknown: the inside of a block cannot be told from the rest.
       candidates = sorted(range(len(shape)), key=lambda i: -shape[i])
-      candidates = candidates if mesh_axis == "fsdp" else []
+      candidates = [] if mesh_axes == ("tensor",) else candidates
     else:
       candidates = [
         i for w in wanted for i, n in enumerate(names) if n == w
@@ -226,11 +227,11 @@ def _spec(rule, path, shape, mesh, table) -> PartitionSpec:
       axis = f"axis {i}" if names is None else names[i]
       raise ValueError(
         f"rules: {path} {list(shape)} must have an axis divisible by the"
-        f" {parts} devices of mesh axis {mesh_axis!r}, got"
+        f" {parts} devices of mesh axis {' x '.join(map(repr, mesh_axes))}, got"
         f" {axis}={shape[i]}; nearest: {nearest_multiple(shape[i], parts)}"
       )
     if fitting:
-      cut[fitting[0]] = mesh_axis
+      cut[fitting[0]] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
   while cut and cut[-1] is None:
     cut.pop()
   return PartitionSpec(*cut)

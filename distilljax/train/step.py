@@ -536,8 +536,9 @@ def make_step(
     optimizers: an optax transformation for every trained network by name.
     mesh: devices, see `make_mesh`; None is all of them, as the axis `data`.
     rules: how networks and their optimizers are cut over the mesh: "dp"
-      (replicated), "fsdp", "fsdp+tensor"; one for all networks, or by name (an
-      EMA that is not named follows its source, others are replicated).
+      (replicated), "fsdp", "fsdp+tensor", "fsdp+context"; one for all networks,
+      or by name (an EMA that is not named follows its source, others are
+      replicated).
     axes: names of the axes of parameters that the zoo does not know: (pattern
       of the end of a path, names of the last axes); see `models.axes`.
     accumulation: micro-batches a step; must divide the batch over the devices.

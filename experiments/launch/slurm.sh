@@ -12,7 +12,7 @@ set -euo pipefail
 
 CONFIG=configs/dmd2_fashion14.py
 WORKDIR=$HOME/runs/dmd2       # on a file system that all nodes share
-RULES=fsdp                    # dp, fsdp or fsdp+tensor
+RULES=fsdp                    # dp, fsdp, fsdp+tensor or fsdp+context
 
 # JAX takes one GPU a task by default; here a task has the whole node.
 export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7

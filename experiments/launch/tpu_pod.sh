@@ -8,7 +8,7 @@ ZONE=us-east5-a               # where it is
 REPO=distilljax               # folder of the checkout on every host
 CONFIG=configs/dmd2_fashion14.py
 WORKDIR=/mnt/shared/dmd2      # the same folder on every host
-RULES=fsdp                    # dp, fsdp or fsdp+tensor
+RULES=fsdp                    # dp, fsdp, fsdp+tensor or fsdp+context
 
 # JAX reads the slice's hosts itself; "on" fails where it cannot.
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="

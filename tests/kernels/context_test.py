@@ -275,6 +275,7 @@ def whole_inputs():
   return draw(4, 8, 4, 4), draw(4, 8, 2, 4), draw(4, 8, 2, 3)
 
 
+@pytest.mark.slow
 def test_rows_heads_and_sequence_over_a_mesh():
   x = whole_inputs()
   ids = jnp.arange(32).reshape(4, 8) % 8 // 5

@@ -9,14 +9,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from distilljax import models, train
+from distilljax import losses, models, train
 from distilljax.models import axes
 from distilljax.train import sharding
 from tests import helpers
 from tests.train import toy
 
-VOCAB, LENGTH = 16, 4
+VOCAB, LENGTH = 16, 8
 CUT = "fsdp+tensor"
+CONTEXT = "fsdp+context"
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +26,10 @@ def no_small(monkeypatch):
   monkeypatch.setattr(sharding, "SMALL", 1)
 
 
-def mesh(devices, fsdp=1, tensor=1):
-  return train.make_mesh(jax.devices()[:devices], fsdp=fsdp, tensor=tensor)
+def mesh(devices, fsdp=1, tensor=1, context=1):
+  return train.make_mesh(
+    jax.devices()[:devices], fsdp=fsdp, tensor=tensor, context=context
+  )
 
 
 @functools.cache
@@ -37,6 +40,10 @@ def network(kind, seed=0):
     return models.make(
       kind, key, vocab_size=VOCAB, width=8, depth=1, heads=2, tied=False
     )
+  if kind == "dit":  # 8 tokens
+    dit = models.make(kind, key, width=8, depth=1, heads=2, second_time=True)
+    # From zero nothing would be seen of the blocks.
+    return dit._replace(params=jax.tree.map(lambda x: x + 0.1, dit.params))
   shapes = {"table": (VOCAB, 8), "up": (8, 24), "down": (24, 8)}
   draw = lambda name, shape: jax.random.normal(
     train.named_key(key, name), shape
@@ -62,6 +69,15 @@ AXES = (
 def method(kind):
   apply = network(kind).apply_fn
 
+  def mean_flow(params, batch, context):
+    del context
+    x, v = batch["x"], batch["v"]
+    t, h = jnp.full(len(x), 0.7), jnp.full(len(x), 0.2)
+    u = lambda x, t, r: apply(params["student"], x, t, r=r)
+    teacher = apply(params["teacher"], x, t, r=h)
+    loss = losses.mean_flow_loss(u, x, v + teacher, t, h, norm_p=0.0)
+    return {"flow": train.mean(loss)}, {}
+
   def student(params, batch, context):
     del context
     tokens = batch["tokens"]
@@ -75,13 +91,16 @@ def method(kind):
   whole = toy.method()
   return whole._replace(
     networks={k: r for k, r in whole.networks.items() if k != "critic"},
-    losses={"student": student},
+    losses={"student": mean_flow if kind == "dit" else student},
     schedule=train.Schedule(cycle=(("student",),)),
   )
 
 
-def batch(seed, rows=32):
+def batch(seed, rows=32, kind="block"):
   rng = np.random.default_rng(seed)
+  if kind == "dit":
+    draw = lambda: rng.normal(size=(rows, 8, 4, 1)).astype(np.float32)
+    return {"x": draw(), "v": draw()}
   return {
     "tokens": rng.integers(VOCAB, size=(rows, LENGTH), dtype=np.int32),
     "where": rng.random((rows, LENGTH)) < 0.7,
@@ -96,9 +115,12 @@ def params(kind):
 
 
 def made(mesh, rules="dp", accumulation=1, kind="block", **options):
+  # Adam would make steps of the rounding of the gradient in keys' biases, which
+  # is zero.
+  optimizer = optax.sgd if kind == "dit" else optax.adam
   return train.make_step(
     method(kind),
-    {"student": optax.adam(1e-2)},
+    {"student": optimizer(1e-2)},
     mesh,
     rules,
     axes=AXES if kind == "block" else (),
@@ -113,7 +135,7 @@ def run(step, steps=3, kind="block"):
   frozen = step.place({"teacher": start["teacher"]})
   losses = []
   for i in range(steps):
-    rows = train.put_rows(batch(i), step.mesh)
+    rows = train.put_rows(batch(i, kind=kind), step.mesh)
     state, metrics = step(("student",), state, frozen, rows)
     losses.append(metrics["student/loss"].compute())
   return state, frozen, losses
@@ -143,6 +165,7 @@ SHAPES = {
   "dp": ((1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1)),
   "fsdp": ((1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 4, 1)),
   CUT: ((1, 1, 1), (2, 1, 2), (4, 2, 2), (8, 2, 2)),
+  CONTEXT: ((1, 1, 1, 1), (2, 1, 1, 2), (4, 1, 1, 4), (8, 2, 1, 2)),
 }
 
 
@@ -152,7 +175,7 @@ SHAPES = {
   "rules,shape",
   [(rules, shape) for rules, shapes in SHAPES.items() for shape in shapes],
 )
-@pytest.mark.parametrize("kind", ["block", "transformer"])
+@pytest.mark.parametrize("kind", ["block", "transformer", "dit"])
 def test_rules_change_no_number(kind, rules, shape, accumulation):
   step = made(mesh(*shape), rules, accumulation, kind)
   assert_same(run(step, kind=kind), kind)
@@ -220,6 +243,34 @@ def test_a_checkpoint_is_restored_into_another_mesh_and_rule(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, plain(restored), plain(state))
 
 
+@pytest.mark.parametrize(
+  "kind", ["transformer", pytest.param("dit", marks=pytest.mark.slow)]
+)
+def test_tokens_over_a_context_axis_give_the_same_logits(kind):
+  found = network(kind)
+  rows = batch(0, rows=4, kind=kind)
+  given = (rows["x"], rows["x"][:, 0, 0, 0]) if kind == "dit" else (
+    rows["tokens"],
+  )  # fmt: skip
+  # Padding, but for the first token of a row: it would see nothing.
+  options = {} if kind == "dit" else {
+    "where": rows["where"] | (np.arange(LENGTH) == 0)
+  }  # fmt: skip
+  four = mesh(4, context=2)
+
+  def cut(params, *given):
+    with jax.sharding.use_abstract_mesh(four.abstract_mesh):
+      return found.apply_fn(params, *given, **options)
+
+  whole = jax.jit(lambda *a: found.apply_fn(*a, **options))
+  theirs = whole(found.params, *given)
+  placed = jax.device_put((found.params, *given), sharding.replicated(four))
+  lowered = jax.jit(cut).lower(*placed)
+  assert "collective_permute" in lowered.as_text()
+  ours = lowered.compile()(*placed)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_an_ema_follows_its_source():
   step = made(mesh(4, 2, 2), {"student": "fsdp"})
   assert step.rules == {"student": "fsdp", "ema": "fsdp", "teacher": "dp"}
@@ -254,8 +305,8 @@ def test_matrices_are_gathered_and_rows_stay():
   text = step.lower(("student",), state, frozen, rows).compile().as_text()
   assert "f32[8,24]{1,0} all-gather(" in text
   # [rows, l, mlp]: a quarter of the rows on each of 4 devices.
-  assert "f32[8,4,24]" in text
-  assert "f32[32,4,24]" not in text
+  assert "f32[8,8,24]" in text
+  assert "f32[32,8,24]" not in text
 
 
 # --- names and rules ----------------------------------------------------------
@@ -359,6 +410,45 @@ def test_what_no_table_names():
     specs(leaf(6, 5), CUT, four, own)
 
 
+def test_context_cuts_with_fsdp_together():
+  leaf = lambda *shape: {"qkv/kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  both = mesh(8, 2, 2, 2)
+  found = lambda *shape: specs(leaf(*shape), CONTEXT, both)["qkv/kernel"]
+  assert found(8, 6) == P(("fsdp", "context"))
+  assert found(6, 8) == P(None, ("fsdp", "context"))
+  # What has no name too; an axis of one device cuts nothing.
+  unnamed = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
+  assert specs(unnamed, CONTEXT, both) == {"w": P(None, ("fsdp", "context"))}
+  assert specs(unnamed, CONTEXT, mesh(2, 2)) == {"w": P(None, "fsdp")}
+  assert specs(unnamed, CONTEXT, mesh(2, 1, 1, 2)) == {"w": P(None, "context")}
+  with helpers.one_line_error(
+    "the 4 devices of mesh axis 'fsdp' x 'context', got embed=6; nearest: 8"
+  ):
+    found(6, 6)
+  no_context = jax.make_mesh(
+    (2, 1), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2,
+    devices=jax.devices()[:2],
+  )  # fmt: skip
+  with helpers.one_line_error(r"needs the mesh axis 'context'.*\(context=..."):
+    made(no_context, CONTEXT)
+
+
+def test_tokens_that_do_not_divide_are_one_line():
+  found = network("transformer")
+  tokens = batch(0, rows=4)["tokens"][:, :6]
+  with jax.sharding.use_abstract_mesh(mesh(4, context=4).abstract_mesh):
+    with helpers.one_line_error(
+      "tokens must be of a length divisible by 2 x the 4 devices of mesh axis"
+      " 'context', got 6; nearest: 8"
+    ):
+      found.apply_fn(found.params, tokens)
+    # Decoding reads a cache, whose slots are whole everywhere.
+    shapes = jax.eval_shape(
+      lambda p: found.apply_fn(p, tokens, cache=8), found.params
+    )
+    assert shapes[0].shape == (4, 6, VOCAB)
+
+
 def test_small_arrays_are_not_cut(monkeypatch):
   monkeypatch.setattr(sharding, "SMALL", 32)
   tree = {
@@ -388,19 +478,26 @@ def test_like_params_needs_path_and_shape():
 
 def test_make_mesh():
   devices = jax.devices()
-  assert dict(train.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert dict(train.make_mesh().shape) == {
+    "data": 8, "fsdp": 1, "tensor": 1, "context": 1,
+  }  # fmt: skip
   shape = lambda **k: tuple(train.make_mesh(devices, **k).shape.values())
-  assert shape(fsdp=4) == (2, 4, 1)
-  assert shape(fsdp=None, tensor=2) == (1, 4, 2)
-  assert shape(data=2, fsdp=None) == (2, 4, 1)
-  assert shape(data=2, fsdp=2, tensor=2) == (2, 2, 2)
+  assert shape(fsdp=4) == (2, 4, 1, 1)
+  assert shape(fsdp=None, tensor=2) == (1, 4, 2, 1)
+  assert shape(data=2, fsdp=None) == (2, 4, 1, 1)
+  assert shape(data=2, fsdp=2, tensor=2) == (2, 2, 2, 1)
+  assert shape(fsdp=None, context=4) == (1, 2, 1, 4)
   assert sharding.row_parts(train.make_mesh(fsdp=2, tensor=2)) == 4
+  assert sharding.row_parts(train.make_mesh(fsdp=2, context=4)) == 2
   with helpers.one_line_error(
-    "fsdp=3 x tensor=1 = 3 must divide the 8 devices; nearest: fsdp=2"
+    "fsdp=3 x tensor=1 x context=1 = 3 must divide the 8 devices; nearest:"
+    " fsdp=2"
   ):
     train.make_mesh(fsdp=3)
   with helpers.one_line_error("nearest: tensor=2"):
     train.make_mesh(fsdp=4, tensor=3)
+  with helpers.one_line_error("nearest: context=2"):
+    train.make_mesh(fsdp=2, context=3)
   with helpers.one_line_error("= 4 must be the number of devices, 8"):
     train.make_mesh(data=2, fsdp=2)
   with helpers.one_line_error("fsdp must be >= 1, got 0"):

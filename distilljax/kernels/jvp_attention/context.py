@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from distilljax import _checks
 from distilljax.kernels.jvp_attention import api, exchange, primitives
 from distilljax.kernels.jvp_attention import spec as spec_lib
-from distilljax.typing import Array, Float, Int, Number
+from distilljax.typing import Array, Float, Int, Number, Shaped
 
 STRATEGIES = ("ring", "all_to_all")
 ORDERS = ("contiguous", "zigzag")
@@ -52,6 +51,44 @@ def zigzag_positions(length: int, parts: int) -> np.ndarray:
   halves = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
   order = [i for p in range(parts) for i in (p, 2 * parts - 1 - p)]
   return halves[order].reshape(-1)
+
+
+def from_zigzag(
+    x: Shaped[Array, "b n *s"], *, axis_name: str
+) -> Shaped[Array, "b n *s"]:
+  """A sequence in zig-zag order back in its own, inside a shard_map.
+
+  Every device sends and receives two halves; nothing is gathered.
+
+  Args:
+    x: this device's part in the order of `zigzag_positions`. Shape [b, n, ...].
+    axis_name: axis of the shard_map that cuts the sequence.
+
+  Returns:
+    This device's part of the sequence in its own order. Shape [b, n, ...].
+
+  Raises:
+    ValueError: a part of odd length, or an axis that no shard_map binds.
+  """
+  fn = "from_zigzag"
+  parts = _size(fn, axis_name)
+  _checks.min_rank(fn, "x", x, 2, "[b, n, ...]")
+  _divides(fn, "x's length a device", x.shape[1], 2, "2")
+  x = jnp.asarray(x)
+  if parts == 1:
+    return x
+  early, late = jnp.split(x, 2, axis=1)
+  # Of a device's two halves one has an even number and one an odd one; device
+  # i ends with the halves 2 i and 2 i + 1.
+  even = lax.axis_index(axis_name) % 2 == 0
+  mine = [(p, 2 * parts - 1 - p) for p in range(parts)]
+  first = [(p, (a if a % 2 == 0 else b) // 2) for p, (a, b) in enumerate(mine)]
+  second = [(p, (b if a % 2 == 0 else a) // 2) for p, (a, b) in enumerate(mine)]
+  halves = (
+      lax.ppermute(jnp.where(even, early, late), axis_name, first),
+      lax.ppermute(jnp.where(even, late, early), axis_name, second),
+  )
+  return jnp.concatenate(halves, axis=1)
 
 
 def _divides(fn, name, value, of, what):
@@ -295,7 +332,9 @@ def sharded_attention(
   _checks.one_of(fn, "strategy", strategy, STRATEGIES)
   _checks.one_of(fn, "order", order, ORDERS)
   given, mesh = mesh, jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  cut = cut_axes(mesh)
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  ours = {a for a, kind in kinds.items() if kind != AxisType.Manual}
+  cut = {a: mesh.shape[a] for a in ours if mesh.shape[a] > 1}
   rows = tuple(a for a in batch_axes if a in cut)
   heads = head_axis if head_axis in cut else None
   context = context_axis if context_axis in cut else None
@@ -313,7 +352,7 @@ def sharded_attention(
     local = context_attention
   elif not rows and heads is None:
     return local(*arrays[:3], **dict(zip(names, arrays[3:])), **options)
-  double = 2 if causal and order == "zigzag" else 1
+  double = 2 if context and causal and order == "zigzag" else 1
   for what, axis, axes, times in (
       ("batch", 0, rows, 1), ("length", 1, (context,), double),
       ("number of heads", 2, (heads,), 1),
@@ -337,18 +376,6 @@ def sharded_attention(
       mesh=given,
       in_specs=(whole,) * 3 + (ids,) * (len(arrays) - 3),
       out_specs=(whole, whole) if return_lse else whole,
-      # Kernels want all axes of the mesh, also those of one device.
-      axis_names={
-          a for a, k in zip(mesh.axis_names, mesh.axis_types)
-          if k != AxisType.Manual
-      },
+      # A kernel wants no axis left to the compiler, of whatever size.
+      axis_names=ours,
   )(*arrays)
-
-
-def cut_axes(mesh: Any) -> dict[str, int]:
-  """Devices by axis of a mesh, of the axes that cut an array seen from here."""
-  return {
-      name: mesh.shape[name]
-      for name, kind in zip(mesh.axis_names, mesh.axis_types)
-      if kind != AxisType.Manual and mesh.shape[name] > 1
-  }
