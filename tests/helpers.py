@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import jaxtyping
 import pytest
 
@@ -27,3 +28,14 @@ def one_line_error(match: str, kind=(ValueError, TypeError)):
   with as_user(), pytest.raises(kind, match=match) as info:
     yield
   assert "\n" not in str(info.value), str(info.value)
+
+
+def exact_jit(fn, **options):
+  """`jax.jit` by the emitters that users have and quick tests do without.
+
+  Under them programs that differ only in terms that are zero round alike, so
+  that their numbers can be compared bit for bit.
+  """
+  emitters = {"xla_cpu_use_fusion_emitters": True}
+  known = jax.version.__version_info__ < (0, 11)
+  return jax.jit(fn, compiler_options=emitters if known else None, **options)

@@ -8,6 +8,7 @@ import pytest
 from distilljax import kernels, models, train
 from distilljax.models import layers
 from distilljax.train import sharding
+from tests.helpers import exact_jit
 from tests.models import memory_test
 
 CASES = memory_test.CASES
@@ -55,7 +56,7 @@ def test_loop_has_the_initial_values_and_numbers_of_the_unrolled(kind):
   unrolled, loop = pair(kind)
   expected = stacked(kind, unrolled.params)
   jax.tree.map(np.testing.assert_array_equal, loop.params, expected)
-  first, second = jax.jit(
+  first, second = exact_jit(
     lambda p, q: (run(unrolled, kind, p), run(loop, kind, q))
   )(moved(unrolled.params), moved(loop.params))
   assert float(first) == float(second)

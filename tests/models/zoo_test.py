@@ -9,7 +9,7 @@ import pytest
 
 from distilljax import debug, models
 from distilljax.models import layers, time_embedding
-from tests.helpers import one_line_error
+from tests.helpers import exact_jit, one_line_error
 
 # Small enough to compile in seconds; 6 x 10 gives maps of 3 x 5 and 2 x 3, so
 # both directions meet an odd size, and height is not width.
@@ -257,14 +257,14 @@ def test_student_and_critic_start_as_the_teacher_bit_for_bit(kind, key):
   )
   x, t, r, label = _inputs(kind)
   x, t, r = (jnp.asarray(a, jnp.float32) for a in (x, t, r))
-  want = jax.jit(teacher.apply_fn)(params, x, t, label=label)
+  want = exact_jit(teacher.apply_fn)(params, x, t, label=label)
   assert float(jnp.std(want)) > 0.1
   start = models.transfer(params, student.params)
-  fn = jax.jit(student.apply_fn)
+  fn = exact_jit(student.apply_fn)
   for second in (r, t, jnp.zeros(4), jnp.ones(4)):
     np.testing.assert_array_equal(fn(start, x, t, label=label, r=second), want)
   start = models.transfer(params, critic.params)
-  fn = jax.jit(critic.apply_fn, static_argnames="logits")
+  fn = exact_jit(critic.apply_fn, static_argnames="logits")
   out, logits = fn(start, x, t, label=label, logits=True)
   np.testing.assert_array_equal(out, want)
   assert logits.shape == (4,) and float(jnp.std(logits)) > 0

@@ -51,8 +51,11 @@ def test_pmap_step_gives_the_same_numbers(accumulation):
   for d in range(DEVICES):  # every device holds the same copy, and it is it
     one = jax.tree.map(lambda x, d=d: x[d], state.params)
     jax.tree.map(
-      # The last bit is the compiler's: it fuses the relabelled program anew.
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+      # The last bit of the largest is the compiler's: it fuses the relabelled
+      # program anew.
+      lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max()
+      ),
       one,
       expected.params,
     )
