@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distilljax import kernels
+from distilljax import kernels, losses, models
+from distilljax.train import sharding
 from tests.kernels import aot
 
 pytestmark = pytest.mark.aot
@@ -77,3 +78,40 @@ def test_rows_and_heads_over_eight_chips():
   _, text, found = compiled(fn, mesh, P("data", None, "tensor"), shape)
   assert not found
   assert "jvp_attention_fused" in text
+
+
+def test_a_dit_under_the_rule_gathers_no_token():
+  mesh = aot.mesh(TOPOLOGY, data=1, fsdp=2, tensor=1, context=4)
+  made = {}
+
+  def init(key):
+    made["dit"] = models.make(
+        "dit", key, width=512, heads=4, depth=2, second_time=True,
+        scan_layers=True, remat="block",
+    )  # fmt: skip
+    return made["dit"].params
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  places = sharding.shardings("student", shapes, "fsdp+context", mesh)
+  array = lambda shape, place: jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=place
+  )
+  params = jax.tree.map(lambda a, p: array(a.shape, p), shapes, places)
+  rows = sharding.rows(mesh)
+  x, t = array((2, 128, 128, 1), rows), array((2,), rows)
+
+  def loss(params, x, v, t, r):
+    u = lambda x, t, r: made["dit"].apply_fn(params, x, t, r=r)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return losses.mean_flow_loss(u, x, v, t, r, norm_p=0.0).sum()
+
+  grads = jax.jit(jax.grad(loss), out_shardings=places)
+  text = grads.lower(params, x, x, t, t).compile().as_text()
+  for kernel in ("fused", "forward", "backward_rows"):
+    assert f"jvp_attention_{kernel}" in text, kernel
+  # 64 x 64 patches, a quarter of them on a chip.
+  assert re.search(r"\[1,1024,512\]", text)
+  assert not re.search(r"\b4096,512\b", text)
+  gathered = re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)
+  assert "1,512,1536" in gathered  # a layer's matrix
+  assert not [shape for shape in gathered if "1024,512" in shape]

@@ -5,6 +5,7 @@ On host devices: values, tangents, gradients and second order against
 counted in the lowered text.
 """
 
+import dataclasses
 import doctest
 import functools
 import re
@@ -16,7 +17,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from distilljax import kernels
-from distilljax.kernels.jvp_attention import context, exchange, primitives
+from distilljax.kernels.jvp_attention import (
+    context,
+    exchange,
+    primitives,
+    ring,
+    xla,
+)
+from distilljax.kernels.jvp_attention import spec as spec_lib
 from tests.helpers import one_line_error
 from tests.kernels import attention_test, oracle
 
@@ -133,6 +141,43 @@ def test_both_orders_of_derivatives(
 ):
   p = problem(parts, causal=causal, segments=segments)
   check(cut(parts, strategy, order), p)
+
+
+def test_second_order_of_a_ring(x64):
+  """Its slots on two parts of a mapped axis: no mesh, a quick compile."""
+  draw = np.random.default_rng(5).normal
+  sizes = {"q": (2, 1, 4, 3, 4), "k": (2, 1, 2, 3, 4), "v": (2, 1, 2, 3, 3)}
+  x, t, d = ([draw(size=s) for s in sizes.values()] for _ in range(3))
+  do, dl = draw(size=(2, 1, 4, 3, 3)), draw(size=(2, 1, 4, 3))
+  whole = spec_lib.Spec("xla", 0.5)
+  parts = dataclasses.replace(whole, axis=AXIS, parts=2)
+
+  def run(module, spec, x, t, d, do, dl):
+    o, lse, to, mu = module.fused(spec, "qkv", *x, *t)
+    return {
+        "fused": (o, lse, to, mu),
+        "tangent": module.tangent(spec, "qk", *x, o, lse, *t[:2]),
+        "gradients": module.second_backward(
+            spec, "qkv", "vqk", *x, o, lse, *t, do, dl
+        ),
+        "tangents": module.second_tangent(
+            spec, "qkv", "kv", *x, o, lse, *t, *d[1:]
+        ),
+    }
+
+  one = lambda a: jnp.moveaxis(a, 0, 2).reshape(
+      *a.shape[1:3], -1, *a.shape[4:]
+  )
+  found = jax.vmap(
+      functools.partial(run, ring, parts), axis_name=AXIS
+  )
+  ours, theirs = jax.jit(
+      lambda *a: (
+          jax.tree.map(one, found(*a)),
+          run(xla, whole, *jax.tree.map(one, a)),
+      )
+  )(x, t, d, do, dl)
+  attention_test.check(ours, theirs, 1e-13)
 
 
 TRANSFORMS = (

@@ -290,9 +290,15 @@ def test_a_cut_state_is_smaller():
 
 
 @pytest.mark.slow
-def test_matrices_are_gathered_and_rows_stay():
-  """The compiled step of a transformer computes no row twice."""
-  step = made(mesh(4, 4), "fsdp", kind="transformer")
+@pytest.mark.parametrize(
+  "rule,shape,local",
+  # [rows, l, mlp] on each of 4 devices: a quarter of the rows, or half of them
+  # and half of their tokens.
+  [("fsdp", (4, 4), "f32[8,8,24]"), (CONTEXT, (4, 2, 1, 2), "f32[16,4,24]")],
+)
+def test_matrices_are_gathered_and_rows_stay(rule, shape, local):
+  """The compiled step of a transformer computes no row and no token twice."""
+  step = made(mesh(*shape), rule, kind="transformer")
   start = params("transformer")
   state = step.abstract(start, jax.random.key(2))
   frozen = {"teacher": state.params["ema"]}
@@ -304,9 +310,9 @@ def test_matrices_are_gathered_and_rows_stay():
   )
   text = step.lower(("student",), state, frozen, rows).compile().as_text()
   assert "f32[8,24]{1,0} all-gather(" in text
-  # [rows, l, mlp]: a quarter of the rows on each of 4 devices.
-  assert "f32[8,8,24]" in text
-  assert "f32[32,8,24]" not in text
+  assert local in text
+  for whole in ("[32,8,24]", "[16,8,24]", "[32,4,24]"):
+    assert f"f32{whole}" not in text
 
 
 # --- names and rules ----------------------------------------------------------
