@@ -94,7 +94,9 @@ def test_loop_reads_a_cache_like_the_unrolled():
   np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+  "kind", [pytest.param("dit", marks=pytest.mark.slow), "transformer"]
+)
 def test_remat_of_a_loop_keeps_less(kind):
   sizes = []
   for remat in ("none", "block"):

@@ -194,6 +194,7 @@ def test_a_train_step_is_counted_without_what_nobody_uses():
   assert found[1] == found[0]
 
 
+@pytest.mark.slow
 def test_scanned_layers_cost_what_unrolled_ones_do():
   hyper = {"width": 16, "depth": 3, "heads": 2}
   x = jax.ShapeDtypeStruct((2, 8, 8, 1), F32)
