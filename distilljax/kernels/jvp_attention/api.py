@@ -162,7 +162,8 @@ def attention(
   backend, all masks, a differentiated bias); "pallas_tpu" and "pallas_gpu"
   (CUDA, by Triton) are kernels (head widths 64, 128, 256; no derivative in the
   bias; forward over forward by "xla"; on several devices inside `jax.shard_map`
-  only), proved interpreted and compiled for chips but never run on one;
+  or by `sharded_attention` only), proved interpreted and compiled for chips but
+  never run on one;
   "reference" is plain jax.numpy, quadratic in memory, in at least float32 at
   highest precision.
 
