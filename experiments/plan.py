@@ -216,17 +216,19 @@ def program(
 
 def _refusal(error: Exception) -> dict[str, Any] | None:
   """What the compiler said it needs and may use, if memory is its reason."""
-  found = re.search(
-    r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error)
-  )
-  if not found:
-    return None
-  unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-  used, used_unit, room, room_unit = found.groups()
-  return {
-    "needed": int(float(used) * unit[used_unit]),
-    "usable": int(float(room) * unit[room_unit]),
-  }
+  size = r"([\d.]+[KMGT])"
+  # The second form is that of a program far too large to be placed.
+  for form in (
+    rf"[Uu]sed {size} of {size} hbm",
+    rf"\({size}\) exceeds available HBM \({size}\)",
+  ):
+    if found := re.search(form, str(error)):
+      used, room = (
+        int(float(text[:-1]) * 2 ** (10 * ("KMGT".index(text[-1]) + 1)))
+        for text in found.groups()
+      )
+      return {"needed": used, "usable": room}
+  return None
 
 
 def report(

@@ -151,12 +151,17 @@ def test_the_verdict_says_by_how_much():
   )
 
 
-def test_what_the_compiler_refuses_for_memory_is_read():
-  text = (
-    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of"
-    " 15.75G hbm. Exceeded hbm capacity by 4.75G."
-  )
-  assert launcher._refusal(RuntimeError(text)) == {
+@pytest.mark.parametrize(
+  "text",
+  [
+    "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    " hbm capacity by 4.75G.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries"
+    " (20.50G) exceeds available HBM (15.75G).",
+  ],
+)
+def test_what_the_compiler_refuses_for_memory_is_read(text):
+  assert launcher._refusal(RuntimeError(f"RESOURCE_EXHAUSTED: {text}")) == {
     "needed": int(20.5 * 2**30), "usable": int(15.75 * 2**30),
   }  # fmt: skip
   assert launcher._refusal(RuntimeError("INTERNAL: no")) is None
@@ -221,3 +226,16 @@ def test_a_toy_compiled_for_chips_that_are_not_here(config):
   assert found["flops"]["compiler"] < found["flops"]["chip"]
   assert found["bounds"]["binding"] in ("compute", "memory", "network")
   assert "to spare" in launcher.markdown(found)
+
+
+@pytest.mark.aot
+def test_what_does_not_fit_is_said_by_how_much(capsys):
+  pytest.importorskip("libtpu", reason="needs the extra plan")
+  # Latents of 4,096 a side are 4 million tokens: no chip holds their stream.
+  code, out, err = command(
+    launcher, capsys, "--config=configs/plans/dmd2_dit.py:toy,rows=4",
+    "--topology=v5e:2x2", "--config.data.shape=(4096,4096,16)",
+  )  # fmt: skip
+  assert code == 0, err
+  assert "Does not fit v5e:2x2: it needs" in out and "too much" in out
+  assert "of 15.75 GiB" in out
