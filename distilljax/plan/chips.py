@@ -5,7 +5,8 @@ Numbers are the vendors' own, per chip. TPU: Google Cloud's pages "TPU v5e",
 figure counts both directions over all ports: a link carries a `1 / (2 ports)`
 part of it one way. H100: NVIDIA's data sheet of the SXM5 module (dense bf16,
 NVLink 900 GB/s both directions). `usable` is what the compiler of this version
-lets a program take (it says so when it refuses one), so less than the chip has.
+lets a program take (it says so when it refuses one); of an H100 what its
+description, which the compiler is given, says.
 
 One row of this table serves planner, kernel benchmarks and compile tests.
 """
@@ -74,7 +75,7 @@ CHIPS = {
     "tpu", 32 * GIB, int(31.25 * GIB), 918e12, 1640e9, 800e9 / 8, _TWO
   ),
   "h100": Chip(
-    "cuda", 80 * GIB, 80 * GIB, 989e12, 3350e9, 450e9,
+    "cuda", 80 * GIB, 84_978_434_048, 989e12, 3350e9, 450e9,
     ("1", "2", "4", "8"),
   ),  # fmt: skip
 }
