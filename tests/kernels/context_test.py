@@ -282,6 +282,20 @@ def test_collectives_of_a_program(strategy, transform, expected):
   assert collectives(jax.jit(run).lower(x)) == expected
 
 
+def test_tangents_that_nobody_wants_are_not_sent():
+  x = tuple(jnp.asarray(a, jnp.float32) for a in wide_inputs())
+  f = plain("all_to_all", True, "contiguous")
+
+  def sent(run):
+    text = jax.jit(run).lower(x).as_text()
+    return re.findall(r"all_to_all.*-> tensor<4x(\d+)x\d+xf32>", text)
+
+  value = sent(lambda x: f(*x))
+  assert len(value) == 2
+  assert sent(lambda x: jax.jvp(f, x, x)[0]) == value
+  assert sent(lambda x: jax.jvp(f, x, x)) != value
+
+
 def test_without_private_hooks(x64, monkeypatch):
   monkeypatch.setattr(primitives, "HOOKS", False)
   monkeypatch.delitem(primitives._partial_eval, exchange.exchange_p)

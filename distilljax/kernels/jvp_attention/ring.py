@@ -213,9 +213,8 @@ def _merge(state, found):
   second = [a.astype(dtype) for a in found]
   top = jnp.maximum(first[1], second[1])
   total = _weight(first[1], top) + _weight(second[1], top)
-  empty = total == 0
-  safe = jnp.where(empty, jnp.ones_like(total), total)
-  lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+  # 0 only where top is -inf, and so is lse.
+  lse = top + jnp.log(jnp.where(total == 0, jnp.ones_like(total), total))
   pairs = [(_weight(s[1], lse), s) for s in (first, second)]
   o = sum(w[..., None] * s[0] for w, s in pairs)
   if len(first) == 2:
