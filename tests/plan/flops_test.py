@@ -51,12 +51,12 @@ def test_loops_and_branches():
   assert five == plan.Flops(products=5 * ONE)
   steps = count(
     lambda x, w: jax.lax.while_loop(
-      lambda c: c[0] < 7, lambda c: (c[0] + 2, c[1] @ w), (1, x)
+      lambda c: c[0] < 8, lambda c: (c[0] + 2, c[1] @ w), (1, x)
     ),
     X,
     w,
   )
-  assert steps.total == 3 * ONE
+  assert steps.total == 4 * ONE
   unknown = count(
     lambda x, w: jax.lax.while_loop(
       lambda x: jnp.sum(x) < 1, lambda x: x @ w, x

@@ -129,6 +129,19 @@ def test_a_recorded_text():
   assert abs(moved.memory - expected) <= small
 
 
+def test_a_ring_has_a_direction():
+  up, down = "{0,1},{1,2},{2,3},{3,0}", "{0,3},{1,0},{2,1},{3,2}"
+  for pairs, ahead in ((up, 0), (down, 1)):
+    text = (
+      "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+      "  ROOT %r = f32[8]{0} collective-permute(%p), channel_id=1,"
+      f" source_target_pairs={{{pairs}}}\n}}\n"
+    )
+    (found,) = plan.read_moved(text, {"fsdp": 4}).collectives
+    assert (found.bytes, found.ahead) == (32, ahead * 32)
+    assert found.blocking == 32
+
+
 def test_groups_in_every_notation():
   listed = hlo.groups("replica_groups={{0,2},{1,3}}, x")
   np.testing.assert_array_equal(listed, [[0, 2], [1, 3]])
