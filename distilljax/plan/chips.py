@@ -169,7 +169,7 @@ def devices(name: str) -> tuple[Any, ...]:
       "target_config": target.read_text(encoding="utf-8"),
       "topology": f"1x1x{wanted.size}",
     }
-    extra = "jax-cuda12-plugin and the CUDA wheels of docs/planning.md"
+    extra = "the environment for H100s of docs/api/kernels.md"
   try:
     return tuple(topologies.get_topology_desc(**options).devices)
   except Exception as e:
