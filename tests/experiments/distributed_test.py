@@ -77,8 +77,8 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(workdir, processes, *arguments):
-  """As many processes of one run, two devices in all."""
+def start(workdir, processes, *arguments, devices=2):
+  """As many processes of one run, `devices` in all."""
   port = free_port()
   out = []
   for i in range(processes):
@@ -86,7 +86,7 @@ def start(workdir, processes, *arguments):
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count="
-      f"{2 // processes}",
+      f"{devices // processes}",
     }
     if processes > 1:
       environment |= {
@@ -133,12 +133,16 @@ LONG = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rules", ["dp", "fsdp"])
-def test_two_processes_give_the_numbers_of_one(tmp_path, rules):
+@pytest.mark.parametrize(
+  "several,rules", [(2, "dp"), (2, "fsdp"), (4, "dp"), (4, "fsdp")]
+)
+def test_several_processes_give_the_numbers_of_one(tmp_path, several, rules):
   found = {}
-  for count in (1, 2):
+  for count in (1, several):
     folder = tmp_path / str(count)
-    processes = start(folder, count, f"--config.run.rules={rules}")
+    processes = start(
+      folder, count, f"--config.run.rules={rules}", devices=several
+    )
     texts = [p.communicate(timeout=280)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * count, texts
     found[count] = json.loads((folder / "summary.json").read_text())
@@ -146,11 +150,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, rules):
     found[count, "loss"] = [json.loads(r)["student/loss"] for r in lines]
     assert len(lines) == 1  # one process writes
     assert "reached" in texts[0]
-  assert "reached" not in texts[1] and "step 50/50" not in texts[1]
-  assert found[1]["devices"] == found[2]["devices"] == 2
-  np.testing.assert_allclose(found[2, "loss"], found[1, "loss"], rtol=1e-5)
+  for text in texts[1:]:
+    assert "reached" not in text and "step 50/50" not in text
+  assert found[1]["devices"] == found[several]["devices"] == several
+  ours, theirs = found[several, "loss"], found[1, "loss"]
+  np.testing.assert_allclose(ours, theirs, rtol=1e-5)
   values = lambda n: [r["value"] for r in found[n]["scores"]]
-  np.testing.assert_allclose(values(2), values(1), rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(values(several), values(1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

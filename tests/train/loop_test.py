@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -22,14 +23,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
 
 
-def start(workdir, seconds=0.0, *extra):
+def start(workdir, seconds=0.0, *extra, steps=STEPS):
   return subprocess.Popen(
     [
       sys.executable,
       "-m",
       "tests.train.toy_run",
       str(workdir),
-      str(STEPS),
+      str(steps),
       str(seconds),
       *map(str, extra),
     ],
@@ -95,6 +96,54 @@ def test_killed_run_ends_in_the_same_bits(uninterrupted, tmp_path):
   ]
   # The line in whose window the run was killed averages fewer steps.
   assert sum(a != b for a, b in zip(ours, theirs)) <= 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(tmp_path):
+  """SIGKILL while starting, stepping and saving: the same bits in the end.
+
+  No kill loses more than the interval between two checkpoints (4 steps).
+  """
+  steps = 60
+  expected = re.findall(
+    "sha .*", finish(start(tmp_path / "whole", steps=steps))
+  )
+  assert len(expected) == 2
+
+  def said(lines):
+    """The steps that were said, counted over both stages."""
+    before, out = 0, []
+    for line in lines:
+      if line.startswith(("one: ", "two: ")):
+        before = steps * line.startswith("two: ")
+      elif line.startswith("step "):
+        out.append(before + int(line.split()[1]))
+    return out
+
+  seed = random.randrange(2**32)
+  rng = random.Random(seed)
+  reached = 0
+  for kill in range(20):
+    process = start(tmp_path / "run", 0.01, steps=steps)
+    wanted, lines = rng.randrange(10), []
+    if wanted:
+      for line in process.stdout:
+        lines.append(line)
+        if len(said(lines)) == wanted:
+          break
+    time.sleep(rng.uniform(0, 0.05 if wanted else 5.0))
+    process.kill()
+    lines += process.communicate()[0].splitlines()
+    where = f"seed {seed}, kill {kill}:\n{''.join(lines)}"
+    assert process.returncode == -signal.SIGKILL, where
+    if now := said(lines):
+      # A step is said before it is saved: that save may be what was killed.
+      assert now[0] > reached - 4, where
+      reached = max(reached, now[-1])
+  process = start(tmp_path / "run", steps=steps)
+  out = finish(process)
+  assert process.returncode == 0, out
+  assert re.findall("sha .*", out) == expected, f"seed {seed}"
 
 
 def test_sigterm_saves_and_exits_0(uninterrupted, tmp_path):
