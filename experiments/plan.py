@@ -1,8 +1,9 @@
 """Plans a config's train step for hardware that is not there.
 
-python -m experiments.plan --config=configs/plan_dmd2.py --topology=v5p:4x4x4
-    [--stage=NAME] [--updates=student,critic] [--scaling=2x2x4,8x8x8]
-    [--search] [--json=FILE] [--markdown=FILE] [--hlo=FILE] [--nocompile]
+python -m experiments.plan
+    --config=configs/plans/dmd2_dit.py --topology=v5p:4x4x4 [--stage=NAME]
+    [--updates=student,critic] [--scaling=2x2x4,8x8x8] [--search]
+    [--json=FILE] [--markdown=FILE] [--hlo=FILE] [--nocompile]
 
 Compiles the step that `experiments.train` would run, ahead of time, and prints
 whether it fits, what lies where on a chip, FLOPs, bytes, collectives, time

@@ -1,5 +1,6 @@
 """What implementations share: padding, row statistics, products of kernels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -74,6 +75,56 @@ def dot(
       precision=precision,
       preferred_element_type=jnp.float32,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Sizes of a problem that a kernel cuts into blocks of rows x columns.
+
+  A subclass says how many `rows` and `columns` a block has.
+
+  Attributes:
+    batch: B.
+    heads: of the queries.
+    groups: heads of the queries for one of the keys.
+    n: rows.
+    m: columns.
+    shift: m - n: row i sees the columns j <= i + shift, where causal.
+    causal: whether it does.
+  """
+
+  batch: int
+  heads: int
+  groups: int
+  n: int
+  m: int
+  shift: int
+  causal: bool
+
+  @property
+  def row_blocks(self) -> int:
+    """Blocks of rows, the last of them perhaps ragged."""
+    return -(-self.n // self.rows)
+
+  @property
+  def column_blocks(self) -> int:
+    """Blocks of columns, the last of them perhaps ragged."""
+    return -(-self.m // self.columns)
+
+  @property
+  def ragged(self) -> bool:
+    """Whether the last block has columns that are not there."""
+    return self.column_blocks * self.columns != self.m
+
+  def pad_rows(
+      self, a: jax.Array, axis: int = 2, value: Number = 0
+  ) -> jax.Array:
+    """`a` with whole blocks of rows along an axis."""
+    return pad(a, axis, self.row_blocks * self.rows, value)
+
+  def pad_columns(self, a: jax.Array, axis: int = 2) -> jax.Array:
+    """`a` with whole blocks of columns along an axis."""
+    return pad(a, axis, self.column_blocks * self.columns)
 
 
 def finite(a: jax.Array) -> jax.Array:

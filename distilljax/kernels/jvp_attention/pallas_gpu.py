@@ -114,16 +114,9 @@ def config(kernel: str, width: int, itemsize: int) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Shape(common.Problem):
   """Sizes of a problem, and the blocks that a kernel cuts it into."""
 
-  batch: int
-  heads: int
-  groups: int
-  n: int
-  m: int
-  shift: int
-  causal: bool
   config: Config
 
   @classmethod
@@ -152,25 +145,6 @@ class _Shape:
   @property
   def columns(self):
     return self.config.columns
-
-  @property
-  def row_blocks(self):
-    return -(-self.n // self.rows)
-
-  @property
-  def column_blocks(self):
-    return -(-self.m // self.columns)
-
-  @property
-  def ragged(self):
-    """Whether the last block has columns that are not there."""
-    return self.column_blocks * self.columns != self.m
-
-  def pad_rows(self, a, axis=2, value=0):
-    return common.pad(a, axis, self.row_blocks * self.rows, value)
-
-  def pad_columns(self, a, axis=2):
-    return common.pad(a, axis, self.column_blocks * self.columns)
 
   def seen_columns(self, i):
     """How many blocks of columns the rows of block i see."""

@@ -129,16 +129,9 @@ def tile(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Shape(common.Problem):
   """Sizes of a problem after padding, and its blocks."""
 
-  batch: int
-  heads: int
-  groups: int
-  n: int
-  m: int
-  shift: int
-  causal: bool
   rows: int
   columns: int
   part_rows: int
@@ -163,25 +156,6 @@ class _Shape:
         part_rows=sizes.part_rows,
         part_columns=sizes.part_columns,
     )  # fmt: skip
-
-  @property
-  def row_blocks(self):
-    return -(-self.n // self.rows)
-
-  @property
-  def column_blocks(self):
-    return -(-self.m // self.columns)
-
-  @property
-  def ragged(self):
-    """Whether the last block has columns that are not there."""
-    return self.column_blocks * self.columns != self.m
-
-  def pad_rows(self, a, axis=2, value=0):
-    return common.pad(a, axis, self.row_blocks * self.rows, value)
-
-  def pad_columns(self, a, axis=2):
-    return common.pad(a, axis, self.column_blocks * self.columns)
 
   def last_column(self, i):
     """The last block of columns that rows i see (0 if none)."""
