@@ -6,8 +6,9 @@ Needs the originals: Debian's package dataset-fashion-mnist, or a folder of the
 four idx files in --config.data.folder or $DISTILLJAX_DATA. With runlocal it
 runs on the embedded fashion14, to test the config where they are not.
 
-Expected (one seed, n = 2000, floor .30): FCD 3.24 for the teacher at 20 steps and
-53.7 at one, 5.47 for the student at one step and 12.9 at two; 2,900 CPU seconds.
+Expected (one seed, n = 2000, floor .30): FCD 3.24 for the teacher at 20 steps
+and 53.7 at one, 5.47 for the student at one step and 12.9 at two; 2,900 CPU
+seconds.
 
 Arguments: runlocal (seconds, for CI), seed=<int>.
 """
