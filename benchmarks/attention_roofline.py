@@ -50,7 +50,7 @@ def gradient(attend, x, t):
 ALL = {
     "forward": forward,
     "gradient": gradient,
-    "jvp": lambda attend, x, t: PROGRAMS["jvp"](attend, x, t),
+    "jvp": PROGRAMS["jvp"],
     "mean_flow": lambda attend, x, t: PROGRAMS["mean_flow"](
         lambda *x: attend(*x).astype(jnp.float32),
         x,

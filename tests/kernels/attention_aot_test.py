@@ -96,6 +96,24 @@ def test_reverse_over_forward_is_linear_in_memory(chip):
     assert f"jvp_attention_{kernel}" in text, kernel
 
 
+def masked_gradients(implementation):
+  """MeanFlow's pattern with every mask: of q, k, v, a bias and ids."""
+
+  def grads(q, k, v, bias, q_ids, kv_ids):
+    def loss(x):
+      attend = lambda *x: kernels.attention(
+          *x, bias=bias, causal=True, q_segment_ids=q_ids,
+          kv_segment_ids=kv_ids, implementation=implementation,
+      )  # fmt: skip
+      o, to = jax.jvp(attend, x, x)
+      target = jax.lax.stop_gradient(o + to)
+      return jnp.sum(((o - target) ** 2).astype(jnp.float32))
+
+    return jax.grad(loss)((q, k, v))
+
+  return grads
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_all_masks_and_grouped_heads_compile(chip, dtype):
@@ -105,18 +123,7 @@ def test_all_masks_and_grouped_heads_compile(chip, dtype):
   bias = ((1, 8, n, m), dtype)
   ids = [((2, n), jnp.int32), ((2, m), jnp.int32)]
 
-  def grads(q, k, v, bias, q_ids, kv_ids):
-    def loss(x):
-      attend = lambda *x: kernels.attention(
-          *x, bias=bias, causal=True, q_segment_ids=q_ids,
-          kv_segment_ids=kv_ids, implementation="pallas_tpu",
-      )  # fmt: skip
-      o, to = jax.jvp(attend, x, x)
-      target = jax.lax.stop_gradient(o + to)
-      return jnp.sum(((o - target) ** 2).astype(jnp.float32))
-
-    return jax.grad(loss)((q, k, v))
-
+  grads = masked_gradients("pallas_tpu")
   jax.jit(grads).lower(*shapes(chip, q, kv, kv, bias, *ids)).compile()
 
 

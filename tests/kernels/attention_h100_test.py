@@ -18,7 +18,7 @@ from distilljax.kernels.jvp_attention import gpu_bounds, pallas_gpu
 from distilljax.kernels.jvp_attention import spec as spec_lib
 from tests.helpers import one_line_error
 from tests.kernels import aot, h100
-from tests.kernels.attention_aot_test import mean_flow_step
+from tests.kernels.attention_aot_test import masked_gradients, mean_flow_step
 
 pytestmark = pytest.mark.aot
 
@@ -93,18 +93,7 @@ def test_all_masks_and_grouped_heads_compile(dtype):
   bias = ((1, 8, n, m), dtype)
   ids = [((2, n), jnp.int32), ((2, m), jnp.int32)]
 
-  def grads(q, k, v, bias, q_ids, kv_ids):
-    def loss(x):
-      attend = lambda *x: kernels.attention(
-          *x, bias=bias, causal=True, q_segment_ids=q_ids,
-          kv_segment_ids=kv_ids, implementation="pallas_gpu",
-      )  # fmt: skip
-      o, to = jax.jvp(attend, x, x)
-      target = jax.lax.stop_gradient(o + to)
-      return jnp.sum(((o - target) ** 2).astype(jnp.float32))
-
-    return jax.grad(loss)((q, k, v))
-
+  grads = masked_gradients("pallas_gpu")
   _, found = h100.compile_kernels(grads, q, kv, v, bias, *ids)
   assert set(found) == {"fused", "backward_rows", "backward_columns"}
   # Products of float32 take more registers than there are.

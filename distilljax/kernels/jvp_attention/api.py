@@ -128,6 +128,13 @@ def _check(fn, q, k, v, bias, q_ids, kv_ids, scale):
     _checks.finite(fn, scale=scale)
 
 
+def _segment_ids(q_ids, kv_ids):
+  """The ids as arrays of int32, or nothing."""
+  if q_ids is None:
+    return []
+  return [jnp.asarray(ids).astype(jnp.int32) for ids in (q_ids, kv_ids)]
+
+
 def _heads_first(a):
   return jnp.swapaxes(a, 1, 2)
 
@@ -219,11 +226,7 @@ def attention(
   x = [_heads_first(q), _heads_first(k), _heads_first(v)]
   if bias is not None:
     x.append(bias)
-  if q_segment_ids is not None:
-    x += [
-        jnp.asarray(ids).astype(jnp.int32)
-        for ids in (q_segment_ids, kv_segment_ids)
-    ]
+  x += _segment_ids(q_segment_ids, kv_segment_ids)
   if spec.implementation == "reference":
     o, lse = reference.forward(spec, *x)
   else:

@@ -192,12 +192,8 @@ def context_attention(
     _divides(
         fn, "q's length a device", q.shape[1], 2, "2 for order='zigzag'"
     )
-  arrays = [q, k, v]
-  if q_segment_ids is not None:
-    arrays += [
-        jnp.asarray(ids).astype(jnp.int32)
-        for ids in (q_segment_ids, kv_segment_ids)
-    ]
+  # pylint: disable-next=protected-access
+  arrays = [q, k, v, *api._segment_ids(q_segment_ids, kv_segment_ids)]
   # What is the same on all devices of the axis is from here on not so typed.
   _, *arrays = primitives.align([lax.axis_index(axis_name), *arrays])
   options = {
@@ -343,9 +339,8 @@ def sharded_attention(
       "return_lse": return_lse,
   }  # fmt: skip
   names = ("q_segment_ids", "kv_segment_ids")
-  arrays = [q, k, v]
-  if q_segment_ids is not None:
-    arrays += [jnp.asarray(q_segment_ids), jnp.asarray(kv_segment_ids)]
+  # pylint: disable-next=protected-access
+  arrays = [q, k, v, *api._segment_ids(q_segment_ids, kv_segment_ids)]
   local = api.attention
   if context is not None:
     options |= {"axis_name": context, "strategy": strategy, "order": order}
