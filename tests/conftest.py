@@ -30,6 +30,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests import helpers
+
 hypothesis.settings.register_profile(
     "distilljax",
     deadline=None,
@@ -50,9 +52,9 @@ def pytest_configure(config):
     "filterwarnings", "ignore:Error reading persistent compilation cache"
   )
   # Fusions are as right without XLA's newer emitters, and compile in half the
-  # time. A flag that a later XLA does not know would end the process.
+  # time.
   flag = " --xla_cpu_use_fusion_emitters=false"
-  if _is_quick(config) and jax.version.__version_info__ < (0, 11):
+  if _is_quick(config) and helpers.CHOOSES_EMITTERS:
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(flag) + flag
   if hasattr(config, "workerinput"):
     return
