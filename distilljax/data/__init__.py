@@ -10,15 +10,23 @@ from distilljax.data.arithmetic import (
     encode,
     json_list,
 )
-from distilljax.data.iterator import BatchIterator, make_iterator, row_iterator
+from distilljax.data.iterator import (
+    BatchIterator,
+    StalledSource,
+    make_iterator,
+    row_iterator,
+    source_iterator,
+)
 from distilljax.data.sources import (
     Info,
     from_tfds,
+    image_rows,
     info,
     load,
     names,
     read_fashion_mnist,
     read_idx,
+    tfds_source,
 )
 
 __all__ = [
@@ -26,12 +34,14 @@ __all__ = [
     "Examples",
     "Info",
     "Scores",
+    "StalledSource",
     "Task",
     "addition",
     "chain",
     "decode",
     "encode",
     "from_tfds",
+    "image_rows",
     "info",
     "json_list",
     "load",
@@ -40,4 +50,6 @@ __all__ = [
     "read_fashion_mnist",
     "read_idx",
     "row_iterator",
+    "source_iterator",
+    "tfds_source",
 ]

@@ -2,10 +2,13 @@
 
 An item of the source is a whole batch: looking rows up one by one and stacking
 them in Python costs more than a small train step. A batch is a function of its
-number alone (and of the seed), so the state is that number.
+number alone (and of the seed), so the state is that number, and rows in memory
+come in the same order as rows that are read while the training goes on.
 """
 
+import functools
 import json
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +22,10 @@ from distilljax import _checks
 _ENDLESS = 2**62
 # Names of the random streams, so that none is another one's.
 _ORDER, _AUGMENT = 0, 1
+
+
+class StalledSource(TimeoutError):
+  """A source gave nothing for too long; its reader may still be waiting."""
 
 
 def _generator(*words: int) -> np.random.Generator:
@@ -38,6 +45,35 @@ class _Batches:
     return self._read(int(index))
 
 
+class _ReadAhead(_Batches):
+  """Batches that threads read: says whether one has come (or has failed)."""
+
+  def __init__(self, read: Callable[[int], dict[str, np.ndarray]]):
+    super().__init__(read)
+    self._changed = threading.Condition()
+    self.forget()
+
+  def forget(self) -> None:
+    """What is being read now will not count."""
+    self._come = set()
+
+  def __getitem__(self, index):
+    come = self._come
+    try:
+      return super().__getitem__(index)
+    finally:
+      with self._changed:
+        come.add(int(index))
+        self._changed.notify_all()
+
+  def wait(self, index: int, seconds: float) -> bool:
+    """Waits for a batch; False where it has not come in time."""
+    with self._changed:
+      come = self._changed.wait_for(lambda: index in self._come, seconds)
+      self._come.discard(index)
+    return come
+
+
 class BatchIterator:
   """Endless iterator over dicts of NumPy arrays, with an exact state.
 
@@ -51,18 +87,33 @@ class BatchIterator:
       *,
       batch_size: int,
       identity: dict[str, Any],
+      threads: int = 0,
+      stall_seconds: float = 0,
+      name: str = "",
   ):
     self.batch_size = batch_size
     self._identity = identity
-    # No threads: a batch costs less than handing it over would.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    dataset = grain.MapDataset.source(_Batches(read))
+    self._name = name
+    self._seconds = stall_seconds
+    # No threads where a batch costs less than handing it over would.
+    self._ahead = _ReadAhead(read) if threads else None
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=threads
+    )
+    dataset = grain.MapDataset.source(self._ahead or _Batches(read))
     self._iterator = iter(dataset.to_iter_dataset(options))
 
   def __iter__(self):
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
+    if self._ahead is not None:
+      self._iterator.start_prefetch()
+      if not self._ahead.wait(self.position, self._seconds):
+        raise StalledSource(
+            f"{self._name}: the source gave no batch {self.position} within"
+            f" {self._seconds:g} s"
+        )
     return next(self._iterator)
 
   @property
@@ -103,6 +154,8 @@ class BatchIterator:
         _checks.fail(
             "set_state", f"{name} of the state", f"{mine!r} as here", theirs
         )
+    if self._ahead is not None:
+      self._ahead.forget()
     self._iterator.set_state({"next_index": position})
 
 
@@ -135,27 +188,31 @@ def _local(
   return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def _checked_augment(augment, arrays):
+def _checked_augment(fn, augment):
   """(flip, shift) of the option `augment`."""
   options = dict(augment or {})
   for name in options:
-    _checks.one_of("make_iterator", "augment", name, ("flip", "shift"))
+    _checks.one_of(fn, "augment", name, ("flip", "shift"))
   flip, shift = options.get("flip", False), options.get("shift", 0)
   if not isinstance(flip, (bool, np.bool_)):
-    _checks.fail("make_iterator", "augment['flip']", "a bool", repr(flip))
-  _integer("make_iterator", "augment['shift']", shift, 0)
+    _checks.fail(fn, "augment['flip']", "a bool", repr(flip))
+  _integer(fn, "augment['shift']", shift, 0)
+  return bool(flip), int(shift)
+
+
+def _check_images(fn, arrays, flip, shift):
+  """Whether there is something to mirror and to move."""
   if flip or shift:
     if "x" not in arrays or np.ndim(arrays["x"]) != 4:
       _checks.fail(
-          "make_iterator",
+          fn,
           "augment",
           "None without images 'x' [n, h, w, c]",
-          options,
+          {"flip": flip, "shift": shift},
       )
     size = min(arrays["x"].shape[1:3])
     if shift >= size:
-      _checks.fail("make_iterator", "augment['shift']", f"< {size}", shift)
-  return bool(flip), int(shift)
+      _checks.fail(fn, "augment['shift']", f"< {size}", shift)
 
 
 def _augmented(x, flips, shifts):
@@ -226,12 +283,6 @@ def make_iterator(
     True
   """
   fn = "make_iterator"
-  if process_index is None:
-    process_index = jax.process_index()
-  if process_count is None:
-    process_count = jax.process_count()
-  mine = _local(fn, batch_size, process_index, process_count)
-  _integer(fn, "seed", seed, 0)
   if not arrays:
     _checks.fail(fn, name, "a dict of arrays", "an empty one")
   arrays = {k: np.asarray(a) for k, a in arrays.items()}
@@ -244,21 +295,166 @@ def make_iterator(
           f"[n, ...] with as many rows as {first!r}",
           list(array.shape),
       )
-  n = len(arrays[first])
+  flip, shift = _checked_augment(fn, augment)
+  _check_images(fn, arrays, flip, shift)
+  return _shuffled(
+      fn,
+      lambda ids: {k: a[ids] for k, a in arrays.items()},
+      len(arrays[first]),
+      batch_size,
+      seed=seed,
+      shuffle=shuffle,
+      flip=flip,
+      shift=shift,
+      name=name,
+      process_index=process_index,
+      process_count=process_count,
+  )
+
+
+def source_iterator(
+    source: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    shuffle: bool = True,
+    augment: Mapping[str, Any] | None = None,
+    transform: Callable[[Any], Mapping[str, Any]] | None = None,
+    name: str = "source",
+    threads: int = 4,
+    stall_seconds: float = 600.0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> BatchIterator:
+  """Endless batches of rows that are read while the training goes on.
+
+  For sets that do not fit into memory: anything with a length and random
+  access, such as `tfds_source`, the data sources of grain, or a class of one's
+  own. The batches are those of `make_iterator` over the same rows, seed and
+  options, in the same order and with the same state; they are read by threads
+  of grain, each a batch, ahead of the one that is needed. The order takes 8
+  bytes a row.
+
+  A source that stalls is an error with its name. A reader that never returns is
+  left behind, and Python waits for it when the program ends; the launchers do
+  not.
+
+  Args:
+    source: `len(source)` rows, `source[i]` for i in [0, len(source)), from any
+      thread. Where there is a `source.__getitems__(ids)`, rows are read by it.
+    batch_size: rows of a batch over all processes.
+    seed: of order and augmentation, >= 0.
+    shuffle: False keeps the rows' order in every epoch.
+    augment: as for `make_iterator`.
+    transform: row -> dict of numbers and arrays, each of one shape for all rows
+      (a function of the row alone); None where rows are such dicts.
+    name: what errors call the source, e.g. "imagenet/train".
+    threads: batches that are read at the same time and held ahead, >= 1.
+    stall_seconds: how long a batch is waited for.
+    process_index: which process this is; None asks JAX.
+    process_count: how many there are, None asks JAX; each reads its consecutive
+      rows of every batch.
+
+  Returns:
+    A `BatchIterator`. Its `__next__` raises `StalledSource` when a batch does
+    not come in time, and ValueError for a row that cannot be read or does not
+    fit the others.
+
+  Raises:
+    ValueError: fewer rows than a batch, a batch size that the processes do not
+      divide, or an impossible option.
+
+  Example:
+    >>> rows = [{"x": np.float32(i)} for i in range(10)]
+    >>> iterator = source_iterator(rows, 4, seed=0)
+    >>> next(iterator)["x"].shape
+    (4,)
+  """
+  fn = "source_iterator"
+  _integer(fn, "threads", threads, 1)
+  if not stall_seconds > 0:
+    _checks.fail(fn, "stall_seconds", "> 0", stall_seconds)
+  flip, shift = _checked_augment(fn, augment)
+  read_all = getattr(source, "__getitems__", None) or (
+      lambda ids: [source[i] for i in ids]
+  )
+
+  def unreadable(ids, error):
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    where = f"rows {ids[:4]}..." if len(ids) > 1 else f"row {ids[0]}"
+    return ValueError(
+        f"{name}: {where} of {len(source)} cannot be read ({what})"
+    )
+
+  def read(ids):
+    ids = ids.tolist()
+    try:
+      rows = read_all(ids)
+      rows = [dict(transform(r) if transform else r) for r in rows]
+      if len(rows) != len(ids):
+        raise ValueError(f"{len(rows)} rows came")
+    except Exception as error:
+      raise unreadable(ids, error) from error
+    for i, row in zip(ids, rows):
+      shapes = {k: np.shape(v) for k, v in row.items()}
+      wanted = {k: np.shape(v) for k, v in rows[0].items()}
+      if shapes != wanted:
+        raise ValueError(
+            f"{name}: row {i} must be of the shapes {wanted} of row {ids[0]},"
+            f" got {shapes}"
+        )
+    batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+    _check_images(fn, batch, flip, shift)
+    return batch
+
+  return _shuffled(
+      fn,
+      read,
+      len(source),
+      batch_size,
+      seed=seed,
+      shuffle=shuffle,
+      flip=flip,
+      shift=shift,
+      name=name,
+      process_index=process_index,
+      process_count=process_count,
+      threads=threads,
+      stall_seconds=stall_seconds,
+  )
+
+
+def _shuffled(
+    fn,
+    rows_of,
+    n,
+    batch_size,
+    *,
+    seed,
+    shuffle,
+    flip,
+    shift,
+    name,
+    process_index,
+    process_count,
+    **reading,
+) -> BatchIterator:
+  """Batches of n rows, which `rows_of(ids)` gives as a dict of arrays."""
+  if process_index is None:
+    process_index = jax.process_index()
+  if process_count is None:
+    process_count = jax.process_count()
+  mine = _local(fn, batch_size, process_index, process_count)
+  _integer(fn, "seed", seed, 0)
   if n < batch_size:
     _checks.fail(
         fn, name, f"at least batch_size={batch_size} rows", f"{n} rows"
     )
-  flip, shift = _checked_augment(augment, arrays)
-  orders = {}
 
+  # A batch reads two epochs at most; more would only fill memory.
+  @functools.lru_cache(maxsize=2)
   def order(epoch):
-    if epoch not in orders:
-      # A batch reads two epochs at most; more would only fill memory.
-      while len(orders) > 1:
-        del orders[min(orders)]
-      orders[epoch] = _generator(seed, epoch, _ORDER).permutation(n)
-    return orders[epoch]
+    return _generator(seed, epoch, _ORDER).permutation(n)
 
   def read(index):
     start = index * batch_size
@@ -272,7 +468,7 @@ def make_iterator(
       ])
     else:
       ids = positions % n
-    batch = {k: a[ids[mine]] for k, a in arrays.items()}
+    batch = rows_of(ids[mine])
     if flip or shift:
       generator = _generator(seed, index, _AUGMENT)
       # Drawn for the whole batch: a process takes its part, whatever their
@@ -290,7 +486,13 @@ def make_iterator(
       "flip": flip,
       "shift": shift,
   }
-  return BatchIterator(read, batch_size=int(batch_size), identity=identity)
+  return BatchIterator(
+      read,
+      batch_size=int(batch_size),
+      identity=identity,
+      name=name,
+      **reading,
+  )
 
 
 def row_iterator(

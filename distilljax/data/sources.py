@@ -10,7 +10,8 @@ import io
 import os
 import pathlib
 import struct
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -271,6 +272,73 @@ def read_fashion_mnist(
   )
 
 
+def tfds_source(
+    name: str,
+    split: str = "train",
+    *,
+    data_dir: str | os.PathLike | None = None,
+) -> Any:
+  """A prepared TensorFlow Datasets set as a source, without TensorFlow.
+
+  It is `tfds.data_source`, so the set must have been prepared in a
+  random-access format (array_record). Nothing is downloaded: offline that would
+  hang for minutes before it fails.
+
+  Args:
+    name: name of the set, such as "mnist" or "my_set/config:1.0.0".
+    split: its split.
+    data_dir: where the prepared sets are; None is the package's default.
+
+  Returns:
+    Its records by number, for `source_iterator`; see `image_rows`.
+
+  Raises:
+    ImportError: the extra `data` is not installed.
+  """
+  try:
+    import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise ImportError(
+        "tfds_source: tensorflow-datasets is not installed; pip install"
+        " 'distilljax[data]'"
+    ) from error
+  return tfds.data_source(name, split=split, data_dir=data_dir, download=False)
+
+
+def image_rows(
+    *, image: str = "image", label: str = "label"
+) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+  """Records of an image set as rows: the `transform` of `source_iterator`.
+
+  Args:
+    image: feature with the pixels, unsigned bytes [h, w] or [h, w, c].
+    label: feature with the class.
+
+  Returns:
+    record -> {"x": float32 [h, w, c] in [-1, 1], "label": int32 []}; it raises
+    ValueError for no such feature, or pixels that are not unsigned bytes.
+  """
+
+  def row(record):
+    for feature in (image, label):
+      _checks.one_of("image_rows", "feature", feature, record)
+    pixels = np.asarray(record[image])
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+      _checks.fail(
+          "image_rows",
+          f"feature {image!r}",
+          "uint8 [h, w] or [h, w, c]",
+          f"{pixels.dtype} {list(pixels.shape)}",
+      )
+    x = _scaled(pixels, 255)
+    return {
+        "x": x[..., None] if x.ndim == 2 else x,
+        "label": np.asarray(record[label], np.int32),
+    }
+
+  return row
+
+
 def from_tfds(
     name: str,
     split: str = "train",
@@ -280,11 +348,7 @@ def from_tfds(
     label: str = "label",
     limit: int | None = None,
 ) -> dict[str, np.ndarray]:
-  """A prepared TensorFlow Datasets image set in memory, without TensorFlow.
-
-  Reads through `tfds.data_source`, so the set must have been prepared in a
-  random-access format (array_record). Nothing is downloaded: offline that would
-  hang for minutes before it fails.
+  """A prepared TensorFlow Datasets image set in memory; see `tfds_source`.
 
   Args:
     name: name of the set, such as "mnist" or "my_set/config:1.0.0".
@@ -301,32 +365,8 @@ def from_tfds(
     ImportError: the extra `data` is not installed.
     ValueError: no such feature, or pixels that are not unsigned bytes.
   """
-  try:
-    import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-  except ImportError as error:
-    raise ImportError(
-        "from_tfds: tensorflow-datasets is not installed; pip install"
-        " 'distilljax[data]'"
-    ) from error
-  source = tfds.data_source(
-      name, split=split, data_dir=data_dir, download=False
-  )
+  source = tfds_source(name, split, data_dir=data_dir)
+  row = image_rows(image=image, label=label)
   count = len(source) if limit is None else min(limit, len(source))
-  records = [source[i] for i in range(count)]
-  for feature in (image, label):
-    for record in records[:1]:
-      _checks.one_of("from_tfds", "feature", feature, record)
-  pixels = np.stack([np.asarray(r[image]) for r in records])
-  if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
-    _checks.fail(
-        "from_tfds",
-        f"feature {image!r}",
-        "uint8 [h, w] or [h, w, c]",
-        f"{pixels.dtype} {list(pixels.shape[1:])}",
-    )
-  if pixels.ndim == 3:
-    pixels = pixels[..., None]
-  return {
-      "x": _scaled(pixels, 255),
-      "label": np.asarray([r[label] for r in records], np.int32),
-  }
+  rows = [row(source[i]) for i in range(count)]
+  return {k: np.stack([r[k] for r in rows]) for k in ("x", "label")}

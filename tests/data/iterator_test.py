@@ -1,5 +1,6 @@
-"""Batches: coverage, order, exact state, processes, augmentation."""
+"""Batches: coverage, order, exact state, processes, augmentation, sources."""
 
+import threading
 
 import hypothesis
 import numpy as np
@@ -178,6 +179,187 @@ def test_an_augmentation_that_does_nothing_is_none():
   data.make_iterator({"y": np.arange(4)}, 4, seed=0, augment={})
 
 
+# Arrays in a file.
+
+
+def test_arrays_in_a_file_are_not_loaded(tmp_path):
+  np.save(tmp_path / "tokens.npy", np.zeros(30, np.int32))
+  tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r").reshape(10, 3)
+  iterator = data.make_iterator({"tokens": tokens}, 5, seed=0)
+  assert not next(iterator)["tokens"].any()
+  np.load(tmp_path / "tokens.npy", mmap_mode="r+")[:] = 7
+  np.testing.assert_array_equal(next(iterator)["tokens"], np.full((5, 3), 7))
+
+
+# Sources that are read while the training goes on.
+
+
+class Rows:
+  """Rows of arrays one by one; `before(i)` is called first."""
+
+  def __init__(self, arrays, before=lambda i: None):
+    self.arrays, self.before = arrays, before
+
+  def __len__(self):
+    return len(self.arrays["x"])
+
+  def __getitem__(self, i):
+    self.before(i)
+    return {k: a[i] for k, a in self.arrays.items()}
+
+
+def _images(n=13):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(n, 4, 4, 1)).astype(np.float32)
+  return {"x": x, "label": np.arange(n, dtype=np.int32)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"augment": {"flip": True, "shift": 1}}, {"shuffle": False}),
+)
+def test_a_source_gives_the_batches_of_its_rows_in_memory(options):
+  arrays = _images()
+  memory = data.make_iterator(arrays, 4, seed=3, **options)
+  source = data.source_iterator(Rows(arrays), 4, seed=3, **options)
+  half = data.source_iterator(
+      Rows(arrays), 4, seed=3, process_index=1, process_count=2, **options
+  )
+  assert source.batch_size == 4
+  for i in range(10):
+    if i == 5:
+      state = memory.get_state()
+    assert source.position == i and source.get_state() == memory.get_state()
+    want, got, part = next(memory), next(source), next(half)
+    for key in arrays:
+      np.testing.assert_array_equal(got[key], want[key])
+      np.testing.assert_array_equal(part[key], want[key][2:])
+      assert got[key].dtype == want[key].dtype
+  for iterator in (memory, source):  # one's state is the other's
+    iterator.set_state(state)
+  np.testing.assert_array_equal(next(source)["x"], next(memory)["x"])
+  np.testing.assert_array_equal(next(source)["x"], next(memory)["x"])
+
+
+def test_a_source_is_read_ahead_by_as_many_threads():
+  begun, go = [], threading.Event()
+
+  def before(i):
+    begun.append(i)
+    assert go.wait(30)
+
+  arrays = {"x": np.arange(40)}
+  source = data.source_iterator(
+      Rows(arrays, before), 4, seed=0, shuffle=False, threads=3
+  )
+  assert begun == []  # nothing before it is asked for
+  first = threading.Thread(target=lambda: begun.append(next(source)["x"]))
+  first.start()
+  while len(begun) < 3:
+    pass
+  assert sorted(begun) == [0, 4, 8]
+  go.set()
+  first.join()
+  assert source.position == 1
+  np.testing.assert_array_equal(next(source)["x"], [4, 5, 6, 7])
+
+
+def test_a_source_that_reads_many_rows_at_once_is_asked_once_a_batch():
+  asked = []
+
+  class Many(Rows):
+    def __getitems__(self, ids):
+      asked.append(ids)
+      return [Rows.__getitem__(self, i) for i in ids]
+
+    def __getitem__(self, i):
+      raise AssertionError("one by one")
+
+  source = data.source_iterator(
+      Many({"x": np.arange(8)}),
+      4,
+      seed=0,
+      shuffle=False,
+      transform=lambda row: {"y": row["x"] ** 2},
+  )
+  np.testing.assert_array_equal(next(source)["y"], [0, 1, 4, 9])
+  assert [0, 1, 2, 3] in asked and all(len(ids) == 4 for ids in asked)
+
+
+def test_a_stalled_source_is_an_error_with_its_name():
+  gates = {i: threading.Event() for i in range(4)}
+  waiting = iter(gates.values())
+
+  def before(i):
+    if i == 5:  # the first row of the second batch
+      assert next(waiting).wait(60)
+
+  source = data.source_iterator(
+      Rows({"x": np.arange(20)}, before),
+      5,
+      seed=0,
+      shuffle=False,
+      name="far/train",
+      threads=2,
+      stall_seconds=0.2,
+  )
+  stalled = one_line_error(
+      r"far/train: the source gave no batch 1 within 0.2 s", data.StalledSource
+  )
+  try:
+    np.testing.assert_array_equal(next(source)["x"], np.arange(5))
+    state = source.get_state()
+    with stalled:
+      next(source)
+    assert source.get_state() == state and source.position == 1
+    # It is read anew; that the old reader comes back says nothing about that.
+    source.set_state(state)
+    gates[0].set()
+    with one_line_error("no batch 1 within", data.StalledSource):
+      next(source)
+    gates[1].set()  # late, but not lost
+    for i in (1, 2):
+      np.testing.assert_array_equal(next(source)["x"], np.arange(5) + 5 * i)
+  finally:
+    for gate in gates.values():
+      gate.set()
+
+
+def test_a_short_or_broken_source_is_an_error_with_its_name():
+  class Short(Rows):
+    def __len__(self):
+      return 20
+
+  class Few(Rows):
+    def __getitems__(self, ids):
+      return [self[i] for i in ids[1:]]
+
+  def ragged(row):
+    return {"x": np.zeros(2 if row["x"] == 2 else 1)}
+
+  arrays = {"x": np.arange(10)}
+  for source, options, message in (
+      (Short(arrays), {}, r"rows \[8, 9, 10, 11\]\.\.\. of 20 cannot be read"
+       r" \(IndexError: index 10 is out of bounds"),
+      (Few(arrays), {}, r"of 10 cannot be read \(ValueError: 3 rows came\)"),
+      (Rows(arrays), {"transform": ragged}, r"row 2 must be of the shapes"
+       r" {'x': \(1,\)} of row 0, got {'x': \(2,\)}"),
+      (Rows(arrays), {"transform": lambda row: 1 / 0},
+       r"rows .* cannot be read \(ZeroDivisionError: division by zero\)"),
+  ):
+    iterator = data.source_iterator(
+        source, 4, seed=0, shuffle=False, name="far/train", **options
+    )
+    with one_line_error(f"far/train: .*{message}"):
+      for _ in range(3):
+        next(iterator)
+  one = data.source_iterator(
+      Rows(arrays), 1, seed=0, shuffle=False, transform=lambda row: row["x"]
+  )
+  with one_line_error("source: row 0 of 10 cannot be read .TypeError"):
+    next(one)
+
+
 # Row numbers.
 
 
@@ -286,5 +468,26 @@ def test_impossible_iterators_are_one_line():
       run()
   make(b=10)
   make(augment={"shift": 3})
+  rows = [{"x": np.zeros((4, 4))}] * 10
+  make = lambda b=4, seed=0, **more: data.source_iterator(
+      rows, b, seed=seed, **more
+  )
+  for run, message in (
+      (
+          lambda: make(b=11, name="far/train"),
+          "far/train must be at least batch_size=11 rows, got 10 rows",
+      ),
+      (lambda: make(seed=-1), "seed must be >= 0, got -1"),
+      (lambda: make(threads=0), "threads must be >= 1, got 0"),
+      (lambda: make(stall_seconds=0), "stall_seconds must be > 0, got 0"),
+      (lambda: make(process_count=3), "batch_size must be a multiple of"),
+      (lambda: make(augment={"flip": 1}), r"augment\['flip'\] must be a bool"),
+      (
+          lambda: next(make(augment={"flip": True})),
+          "augment must be None without images 'x'",
+      ),
+  ):
+    with one_line_error(f"source_iterator: {message}"):
+      run()
   with one_line_error("row_iterator: batch_size must be a multiple of"):
     data.row_iterator(4, process_count=3)

@@ -270,6 +270,18 @@ def test_from_tfds_reads_a_prepared_source_and_downloads_nothing(monkeypatch):
   assert arrays["label"].dtype == np.int32
   assert len(data.from_tfds("set", limit=100)["x"]) == 7
   assert len(data.from_tfds("set")["x"]) == 7
+  # The same rows without loading them, in the same batches.
+  source = data.tfds_source("set", "test", data_dir="/d")
+  assert source is records and calls[-1] == calls[0]
+  iterator = data.source_iterator(
+      source, 3, seed=1, transform=data.image_rows()
+  )
+  memory = data.make_iterator(data.from_tfds("set"), 3, seed=1)
+  for _ in range(5):
+    ours, theirs = next(iterator), next(memory)
+    for key in ("x", "label"):
+      np.testing.assert_array_equal(ours[key], theirs[key])
+      assert ours[key].dtype == theirs[key].dtype
 
 
 def test_from_tfds_takes_grey_images_and_other_names(monkeypatch):
@@ -280,24 +292,24 @@ def test_from_tfds_takes_grey_images_and_other_names(monkeypatch):
   arrays = data.from_tfds("set", image="pixels", label="digit")
   np.testing.assert_array_equal(arrays["x"], np.ones((1, 4, 5, 1)))
   np.testing.assert_array_equal(arrays["label"], [8])
-  with one_line_error("from_tfds: feature must be one of 'pixels', 'digit'"):
+  with one_line_error("image_rows: feature must be one of 'pixels', 'digit'"):
     data.from_tfds("set")
-  with one_line_error("from_tfds: feature must be one of .*got 'label'"):
+  with one_line_error("image_rows: feature must be one of .*got 'label'"):
     data.from_tfds("set", image="pixels")
   records[0]["pixels"] = np.zeros((4, 5), np.float32)
   with one_line_error(
-      r"from_tfds: feature 'pixels' must be uint8 \[h, w\] or \[h, w, c\], got"
+      r"image_rows: feature 'pixels' must be uint8 \[h, w\] or \[h, w, c\], got"
       r" float32 \[4, 5\]"
   ):
     data.from_tfds("set", image="pixels", label="digit")
   records[0]["pixels"] = np.zeros(4, np.uint8)
-  with one_line_error("from_tfds: feature 'pixels' must be uint8"):
+  with one_line_error("image_rows: feature 'pixels' must be uint8"):
     data.from_tfds("set", image="pixels", label="digit")
 
 
 def test_from_tfds_without_the_package_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-  with one_line_error(r"from_tfds: .* pip install 'distilljax\[data\]'",
+  with one_line_error(r"tfds_source: .* pip install 'distilljax\[data\]'",
                       ImportError):
     data.from_tfds("mnist")
 
