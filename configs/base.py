@@ -8,7 +8,8 @@ def run(*, log_every: int, checkpoint_every: int, keep: int) -> dict:
   return {
     "log_every": log_every,  # steps between metric lines
     "checkpoint_every": checkpoint_every,  # steps between checkpoints
-    "keep": keep,  # checkpoints kept a stage
+    "keep": keep,  # newest checkpoints kept a stage
+    "keep_best": None,  # metric of the watches: the best one is kept too
     "max_skips_in_a_row": 20,  # non-finite updates before a run stops
     "rules": "dp",  # or "fsdp", "fsdp+tensor", "fsdp+context", or by network
     "fsdp": 0,  # parts of a cut network; 0 is the devices that others leave

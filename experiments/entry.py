@@ -164,7 +164,7 @@ def main(
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, interrupted)
 
-  from distilljax import train
+  from distilljax import data, train
   from distilljax.train import config as config_lib
 
   work = importlib.import_module(job)
@@ -186,9 +186,10 @@ def main(
         jax.config.update("jax_debug_nans", True)
         stack.enter_context(distilljax.debug())
       work.train_and_evaluate(config, _WORKDIR.value, command=command)
-  except train.LostProcess as e:
-    # No clean-up that would wait for the lost one.
+  except (train.LostProcess, data.StalledSource) as e:
+    # No clean-up that would wait for the lost one, or for a stuck reader.
     print(f"error: {e}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     os._exit(1)
   except train.Interrupted as e:
     stop(str(e), 0 if e.signum == signal.SIGTERM else 130)

@@ -21,9 +21,11 @@ class ImageProblem:
 
   Attributes:
     headline: the metric that a run's last line and its evaluations name.
+    watchable: metrics that can be watched during training.
   """
 
   headline = "fcd"
+  watchable = tuple(evals.METRICS)
 
   def __init__(
     self,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distilljax import methods, models, processes, train
+from distilljax import _checks, methods, models, processes, train
 from distilljax.train import config as config_lib
 from distilljax.train import diagnostics, report, sharding
 from distilljax.train.hooks import Every
@@ -214,6 +214,31 @@ def rows_of(block: Any, config: Any, name: str, devices: int) -> int:
   return batch_size
 
 
+def best_of(
+  config: Any, problem: Any, name: str = "eval/{}"
+) -> train.Best | None:
+  """The checkpoint that `run.keep_best` keeps; one line for what cannot be.
+
+  Args:
+    config: the config.
+    problem: says what can be watched.
+    name: what the watches call a metric.
+  """
+  metric = config.run.get("keep_best")
+  if not metric:
+    return None
+  if metric not in problem.watchable:
+    raise ValueError(
+      f"config: run.keep_best must be one of {problem.watchable}, got"
+      f" {metric!r}{_checks.nearest(metric, problem.watchable)}"
+    )
+  if not config.evaluation.watches:
+    raise ValueError(
+      f"config: run.keep_best={metric!r} needs evaluation.watches >= 1, got 0"
+    )
+  return train.Best(name.format(metric), report.higher_is_better(metric))
+
+
 def _stage(config, problem, name, earlier, devices) -> train.Stage:
   block = config[name]
   config_lib.known(name, block, STAGE_KEYS)
@@ -262,6 +287,7 @@ def _stage(config, problem, name, earlier, devices) -> train.Stage:
     steps=block.steps,
     init=init,
     options=step_options(block, config.run, method),
+    best=best_of(config, problem, _watch_name(config, name)),
   )
 
 
@@ -285,13 +311,15 @@ def sample(
 
 
 class _Watch:
-  """During training: the headline score and a strip of samples."""
+  """During training: headline and best score, and a strip of samples."""
 
   def __init__(self, job, stage, workdir):
     self.job, self.stage = job, stage
-    self.headline = job.problem.headline
-    evaluation = job.config.evaluation
-    self.steps = _steps_of(job, stage.name)[0]
+    config, evaluation = job.config, job.config.evaluation
+    names = [job.problem.headline, config.run.get("keep_best")]
+    self.metrics = dict.fromkeys(filter(None, names))
+    self.name = _watch_name(config, stage.name)
+    self.steps = _steps_of(config, stage.name)[0]
     self.inputs = job.problem.inputs(
       evaluation.watch_n, jax.random.key(evaluation.noise_seed)
     )
@@ -312,12 +340,16 @@ class _Watch:
     if jax.process_index() == 0:
       self.folder.mkdir(exist_ok=True)
       np.save(self.folder / f"{self.stage.name}_{moment.step:07d}.npy", x[:40])
-    score = self.job.problem.score(x, self.inputs)[self.headline]
-    return {f"eval/{self.headline}_{self.steps}_steps": score}
+    scores = self.job.problem.score(x, self.inputs)
+    return {self.name.format(m): scores[m] for m in self.metrics}
 
 
-def _steps_of(job: Job, stage: str) -> tuple[int, ...]:
-  evaluation = job.config.evaluation
+def _watch_name(config: Any, stage: str) -> str:
+  return f"eval/{{}}_{_steps_of(config, stage)[0]}_steps"
+
+
+def _steps_of(config: Any, stage: str) -> tuple[int, ...]:
+  evaluation = config.evaluation
   if stage == "teacher":
     return tuple(evaluation.teacher_steps)
   return tuple(evaluation.student_steps)
@@ -412,6 +444,8 @@ def train_and_evaluate(
     for stage in job.stages
     for network, params in result.params[stage.name].items()
   }
+  if result.best:
+    summary["best"] = result.best
   diagnosis, hints = diagnostics.fake_score(workdir / "metrics.jsonl")
   if hints:
     summary["hints"] = hints
@@ -580,7 +614,7 @@ def _evaluate(job: Job, result: train.Result, log) -> tuple[list, list]:
     if name not in ("teacher", job.stages[-1].name):
       continue  # a warm-up is a means
     model = "teacher" if name == "teacher" else "student"
-    for steps in _steps_of(job, name):
+    for steps in _steps_of(job.config, name):
       x = sample(method, params, inputs, steps=steps, batch=evaluation.batch)
       words = f"{model}, {steps} step{'s' if steps > 1 else ''}"
       log(f"scoring {words}")
@@ -639,7 +673,7 @@ def _figures(job: Job, workdir: pathlib.Path, rows, headline):
   for stage in job.stages:
     files = sorted((workdir / "samples").glob(f"{stage.name}_*.npy"))
     if len(files) > 1:
-      steps = _steps_of(job, stage.name)[0]
+      steps = _steps_of(job.config, stage.name)[0]
       strip = [
         (f"step {int(f.stem.rsplit('_', 1)[1])}", np.load(f)) for f in files
       ]

@@ -45,9 +45,11 @@ class TextProblem:
     task: the task.
     headline: metric that a run's last line names.
     known: names of models that need no training.
+    watchable: metrics that can be watched during training.
   """
 
   known = ()
+  watchable = ("answer", "trace")
 
   def __init__(self, config: Mapping[str, Any]):
     self._evaluation = config["evaluation"]
@@ -390,6 +392,7 @@ class MarkovProblem:
 
   known = ("base", "teacher")
   headline = "return"
+  watchable = ("return",)
 
   def __init__(self, config: Mapping[str, Any]):
     task = dict(config["task"])

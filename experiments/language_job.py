@@ -149,6 +149,7 @@ class _Builder:
       steps=block.steps,
       init=init,
       options=job_lib.step_options(block, config.run, method),
+      best=job_lib.best_of(config, problem),
     )
 
 
@@ -359,6 +360,8 @@ def train_and_evaluate(
     "devices": mesh.size,
     **job.problem.facts(of),
   }
+  if result.best:
+    summary["best"] = result.best
   labels = config.evaluation.labels
   figures = job.problem.figures(
     [of[name][0] for name in evaluation.rollouts],

@@ -27,9 +27,18 @@ class PlaneProblem:
 
   Attributes:
     headline: the metric that a run's last line and its evaluations name.
+    watchable: metrics that can be watched during training.
   """
 
   headline = "sliced_wasserstein"
+  watchable = (
+    "sliced_wasserstein",
+    "energy_distance",
+    "mode_tv",
+    "modes",
+    "within_4sd",
+    "map_rmse",
+  )
 
   def __init__(
     self,

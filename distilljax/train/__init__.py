@@ -1,6 +1,7 @@
 """Train state, step, sharding, checkpoints, loop: written once, paper-free."""
 
 from distilljax.train.checkpoint import (
+    Best,
     Checkpoints,
     RestoreError,
     SaveError,
@@ -56,6 +57,7 @@ from distilljax.train.step import State, Step, make_step, map_slices
 
 __all__ = [
     "Batch",
+    "Best",
     "Checkpoints",
     "Context",
     "Diverged",

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import pathlib
 import signal
 import threading
@@ -35,6 +36,7 @@ class Stage(NamedTuple):
     init: (key, earlier) -> parameters of the method's networks by name; pure.
       `earlier` maps finished stages' names to their networks' parameters.
     options: keyword arguments of `make_step` (accumulation, unroll, ...).
+    best: the checkpoint that is kept beside the newest ones; None is none.
   """
 
   name: str
@@ -44,6 +46,7 @@ class Stage(NamedTuple):
   steps: int
   init: Callable[[Array, Mapping[str, Any]], Mapping[str, Params]]
   options: Mapping[str, Any] = {}
+  best: checkpoint_lib.Best | None = None
 
 
 class Result(NamedTuple):
@@ -55,6 +58,7 @@ class Result(NamedTuple):
     cpu_seconds: CPU seconds a stage.
     compile_seconds: seconds JAX spent compiling, a stage.
     skipped: by "stage/network": updates skipped as not finite.
+    best: by stage that has a best checkpoint: its step, metric and value.
   """
 
   params: dict[str, dict[str, Params]]
@@ -62,6 +66,7 @@ class Result(NamedTuple):
   cpu_seconds: dict[str, float]
   compile_seconds: dict[str, float]
   skipped: dict[str, int]
+  best: dict[str, dict[str, Any]]
 
 
 class Interrupted(Exception):
@@ -150,6 +155,13 @@ def _agree(received: int | None) -> int | None:
   return int(found.max()) or None
 
 
+def _of_the_first(value: float) -> float:
+  """What the first process has measured: all of them decide alike."""
+  from jax.experimental import multihost_utils  # noqa: PLC0415
+
+  return float(multihost_utils.process_allgather(np.float32(value))[0])
+
+
 def params_sha256(params: Params) -> str:
   """SHA-256 of the arrays' bytes in sorted key order.
 
@@ -194,6 +206,11 @@ def run(
   an uninterrupted one. SIGINT and SIGTERM finish the step, save and raise
   `Interrupted`.
 
+  Files are written while the training goes on. A save waits for the one before,
+  and the end of a stage, a signal and an error wait for the last one. So a kill
+  costs what was trained since the newest checkpoint that was wholly written:
+  the steps between two checkpoints, and those during one write.
+
   With several processes (`jax.distributed`) every one calls `run` with its own
   rows as data, see `row_shard`; process 0 writes metrics and log lines, a
   signal to any process stops all of them at the next multiple of `log_every`,
@@ -206,7 +223,7 @@ def run(
     mesh: devices; None is all of them.
     log_every: steps between metric lines.
     checkpoint_every: steps between checkpoints (a stage's end is always saved).
-    keep: newest checkpoints kept, a stage.
+    keep: newest checkpoints kept, a stage; `Stage.best` keeps one more.
     max_skips_in_a_row: a network skipped more often in a row stops the run.
     hooks: called around steps.
     log: gets one line for everything a person should know.
@@ -218,7 +235,8 @@ def run(
     Interrupted: after a signal, when everything is saved.
     Diverged: too many non-finite updates in a row; the good state is saved.
     LostProcess: another process is gone, or an exchange with it failed.
-    checkpoint.SaveError: a checkpoint could not be written.
+    checkpoint.SaveError: a checkpoint could not be written; raised at the
+      first step after the failure is known.
   """
   workdir = pathlib.Path(workdir)
   first = jax.process_index() == 0
@@ -229,7 +247,7 @@ def run(
   if len(set(names)) != len(names):
     raise ValueError(f"run: stage names must be distinct, got {names}")
   lines = metrics_lib.JsonLines(workdir / "metrics.jsonl" if first else None)
-  result = Result({}, {}, {}, {}, {})
+  result = Result({}, {}, {}, {}, {}, {})
   root = jax.random.key(seed, impl="threefry2x32")
   with _StopSignals() as stop:
     for i, stage in enumerate(stages):
@@ -244,18 +262,12 @@ def run(
         runner.train(
           stop, lines, hooks, log_every, checkpoint_every, max_skips_in_a_row
         )
-      except jax.errors.JaxRuntimeError as e:
-        if jax.process_count() == 1:
-          raise
-        saved = runner.checkpoints.steps()
-        raise LostProcess(
-          f"stage {stage.name}: process {jax.process_index()} of"
-          f" {jax.process_count()} lost another process at step"
-          f" {runner.step_number} ({str(e).splitlines()[0][:160]}); last"
-          f" checkpoint: {f'step {saved[-1]}' if saved else 'none'}. The same"
-          " command resumes."
-        ) from e
-      runner.finish(result)
+        runner.finish(result)
+      except BaseException as e:
+        if runner.several and isinstance(e, jax.errors.JaxRuntimeError):
+          raise runner.lost(e) from e  # what waits for the lost one waits long
+        runner.close_after(e)
+        raise
   return result
 
 
@@ -289,7 +301,7 @@ class _Runner:
 
   def restore(self, keep: int) -> bool:
     self.checkpoints = checkpoint_lib.Checkpoints(
-      self.folder, keep=keep, log=self.log
+      self.folder, keep=keep, best=self.stage.best, log=self.log
     )
     found = self.checkpoints.restore(self.state)
     if found is None:
@@ -300,14 +312,33 @@ class _Runner:
     self.step_number = int(self.state.step)
     return True
 
-  def save(self) -> None:
-    self.checkpoints.save(
+  def save(self, measured: float | None = None) -> None:
+    """Begins to write a checkpoint of now."""
+    self.checkpoints.save_async(
       self.state,
       {
         "data": base64.b64encode(self.data.get_state()).decode(),
         "clock": self.clock.read(),
       },
+      measured,
     )
+
+  def measured(self, values: Mapping[str, float]) -> float | None:
+    """The value that chooses the best checkpoint, where it was measured now."""
+    best = self.stage.best
+    if best is None or best.metric not in values:
+      return None
+    value = float(values[best.metric])
+    value = _of_the_first(value) if self.several else value
+    return value if math.isfinite(value) else None
+
+  def improves(self, value: float | None) -> bool:
+    """Whether no checkpoint of this stage is as good as this value."""
+    if value is None:
+      return False
+    best, found = self.stage.best, self.checkpoints.best()
+    of = lambda number: best.rank({best.metric: number})
+    return found is None or of(value) > of(found[1])
 
   def train(
     self, stop, lines, hooks, log_every, checkpoint_every, max_skips
@@ -354,11 +385,16 @@ class _Runner:
           for hook in hooks:
             hook.on_log(moment(values))
           self._guard(max_skips, updates, batch)
+        found = {}
         for hook in hooks:
-          if found := hook.on_step(moment()):
-            lines.write(stage.name, self.step_number, found)
-        if self.step_number % checkpoint_every == 0 or last:
-          self.save()
+          if values := hook.on_step(moment()):
+            lines.write(stage.name, self.step_number, values)
+            found.update(values)
+        self.checkpoints.check()
+        value = self.measured(found)
+        due = self.step_number % checkpoint_every == 0 or last
+        if due or self.improves(value):
+          self.save(value)
         received = stop.received
         if self.several:
           # All of them leave at the same step, whoever was told to.
@@ -366,6 +402,7 @@ class _Runner:
           received = _agree(received) if asked else None
         if received is not None and not last:
           self.save()
+          self.checkpoints.wait()
           raise Interrupted(stage.name, self.step_number, received)
     finally:
       for hook in hooks:
@@ -384,6 +421,7 @@ class _Runner:
     for name, count in jax.device_get(self.state.skipped).items():
       if count[1] > max_skips:
         self.save()
+        self.checkpoints.wait()
         rows = None
         if name in updates:
           rows = self.step.not_finite(name, self.state, self.frozen, batch)
@@ -401,6 +439,7 @@ class _Runner:
         )
 
   def finish(self, result: Result) -> None:
+    self.checkpoints.wait()
     name = self.stage.name
     wall, cpu, compiled = self.clock.read()
     host = {"seconds": wall, "cpu_seconds": cpu, "compile_seconds": compiled}
@@ -409,4 +448,29 @@ class _Runner:
     for network, count in jax.device_get(self.state.skipped).items():
       result.skipped[f"{name}/{network}"] = int(count[0])
     result.params[name] = {**self.frozen, **self.state.params}
+    if found := self.checkpoints.best():
+      step, value = found
+      metric = self.stage.best.metric
+      result.best[name] = {"step": step, "metric": metric, "value": value}
+      self.log(f"{name}: best {metric} {value:.4g}, step {step}, is kept")
     self.checkpoints.close()
+
+  def close_after(self, error: BaseException) -> None:
+    """Finishes what is being written when the stage ends by an error."""
+    try:
+      self.checkpoints.close()
+    except checkpoint_lib.SaveError as unsaved:
+      if isinstance(error, OSError):  # a full disk may be met anywhere first
+        raise unsaved from error
+      self.log(str(unsaved))
+
+  def lost(self, error: BaseException) -> LostProcess:
+    """What a failed exchange with the other processes means."""
+    saved = self.checkpoints.steps()
+    return LostProcess(
+      f"stage {self.stage.name}: process {jax.process_index()} of"
+      f" {jax.process_count()} lost another process at step"
+      f" {self.step_number} ({str(error).splitlines()[0][:160]}); last"
+      f" checkpoint: {f'step {saved[-1]}' if saved else 'none'}. The same"
+      " command resumes."
+    )

@@ -153,6 +153,15 @@ def metric_label(metric: str) -> str:
   return _METRICS[metric].label if metric in _METRICS else metric
 
 
+def higher_is_better(metric: str) -> bool:
+  """The direction of a metric.
+
+  Args:
+    metric: name of a metric with a direction, as in summary.json.
+  """
+  return _METRICS[metric].higher_is_better
+
+
 class _Page(NamedTuple):
   """What the sections write to: the folder of the CSVs and their names."""
 

@@ -141,20 +141,31 @@ def test_several_processes_give_the_numbers_of_one(tmp_path, several, rules):
   for count in (1, several):
     folder = tmp_path / str(count)
     processes = start(
-      folder, count, f"--config.run.rules={rules}", devices=several
+      folder,
+      count,
+      f"--config.run.rules={rules}",
+      "--config.evaluation.watches=2",
+      "--config.run.keep_best=map_rmse",
+      devices=several,
     )
     texts = [p.communicate(timeout=280)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * count, texts
     found[count] = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found[count, "loss"] = [json.loads(r)["student/loss"] for r in lines]
-    assert len(lines) == 1  # one process writes
+    rows = [json.loads(r) for r in lines]
+    found[count, "loss"] = [
+      r["student/loss"] for r in rows if "student/loss" in r
+    ]
+    assert len(lines) == 3  # one process writes
     assert "reached" in texts[0]
   for text in texts[1:]:
     assert "reached" not in text and "step 50/50" not in text
   assert found[1]["devices"] == found[several]["devices"] == several
   ours, theirs = found[several, "loss"], found[1, "loss"]
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+  best, same = (found[n]["best"]["student"] for n in (several, 1))
+  assert best["step"] == same["step"]
+  np.testing.assert_allclose(best["value"], same["value"], rtol=1e-3)
   values = lambda n: [r["value"] for r in found[n]["scores"]]
   np.testing.assert_allclose(values(several), values(1), rtol=1e-3, atol=1e-5)
 

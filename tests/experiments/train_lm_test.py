@@ -33,6 +33,7 @@ def sums(tmp_path_factory):
   config = config_lib.load(SUMS)
   with config.unlocked():
     config.evaluation.watches = 1
+    config.run.keep_best = "trace"
   with helpers.as_user():
     language_job.train_and_evaluate(
       config, folder, command="cmd", log=lines.append,
@@ -70,6 +71,10 @@ def sums(tmp_path_factory):
     ),
     ([f"--config={CHAIN}", "--config.task.ops=12"], "ops must be in [1, 9]"),
     ([f"--config={EXACT}", "--config.model.kind=mlp"], "must be 'markov'"),
+    (
+      [f"--config={CHAIN}", "--config.run.keep_best=parsed"],
+      "keep_best must be one of ('answer', 'trace'), got 'parsed'",
+    ),
     ([f"--config={CHAIN}", "more"], "unknown argument 'more'"),
     ([], "give --config="),
   ],
@@ -149,6 +154,9 @@ def test_scores_during_training_are_written(sums):
       if (r["model"], r["metric"]) == (model, "answer")
     ]
     np.testing.assert_allclose(row["eval/answer"], found[0], atol=1e-6)
+    best = summary["best"][row["stage"]]
+    assert best["metric"] == "eval/trace" and best["step"] == row["step"]
+    assert best["value"] == row["eval/trace"]
 
 
 @pytest.mark.slow
@@ -157,6 +165,7 @@ def test_the_same_command_says_that_it_is_finished(sums, capsys):
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
     launcher, capsys, f"--config={SUMS}", "--config.evaluation.watches=1",
+    "--config.run.keep_best=trace",
     f"--workdir={folder}", "--compile_cache=off",
   )
   assert code == 0 and "finished before" in out
@@ -376,6 +385,8 @@ def test_the_report_shows_the_spread(tmp_path):
   assert "<td>0.250</td>" in page
   assert report.metric_label("parsed") == "parse rate"
   assert report.metric_label("no_such") == "no_such"
+  assert report.higher_is_better("trace")
+  assert not report.higher_is_better("reverse_kl")
 
 
 def test_repetitions_become_means_with_spread():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from distilljax import train
+from distilljax import data, train
 from distilljax.train import config as config_lib
 from experiments import job
 from experiments import train as launcher
@@ -19,6 +19,7 @@ from tests.experiments.launching import (
 )
 
 SMALL = "configs/ode_regression_ring8.py:runlocal"
+WATCHED = ("evaluation.watches=1", "run.keep_best=map_rmse")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   lines = []
   with helpers.as_user():
-    config = config_lib.load(SMALL)
+    config = config_lib.load(SMALL, WATCHED)
     job.train_and_evaluate(
       config, folder, command="cmd", log=lines.append, mesh=one_device()
     )
@@ -72,6 +73,14 @@ def finished(tmp_path_factory):
     ),
     ([f"--config={SMALL}", "--config.data.name=ring9"], "must be one of"),
     ([f"--config={SMALL}", "--config.model.kind=mpl"], "did you mean 'mlp'"),
+    (
+      [f"--config={SMALL}", "--config.run.keep_best=mode_vt"],
+      "'map_rmse'), got 'mode_vt'; did you mean 'mode_tv'",
+    ),
+    (
+      [f"--config={SMALL}", "--config.run.keep_best=mode_tv"],
+      "needs evaluation.watches >= 1, got 0",
+    ),
     ([f"--config={SMALL}", "more"], "unknown argument 'more'"),
     ([], "give --config="),
   ],
@@ -148,12 +157,27 @@ def test_a_run_leaves_everything(finished):
   assert "student, 1 step" in page and "cmd" in page
 
 
+def test_the_best_checkpoint_is_kept_and_named(finished):
+  folder, lines = finished
+  best = json.loads((folder / "summary.json").read_text())["best"]
+  assert set(best) == {"student"}  # the teacher is a formula
+  found = best["student"]
+  rows = (folder / "metrics.jsonl").read_text().splitlines()
+  watched = [r for r in map(json.loads, rows) if found["metric"] in r]
+  assert found["metric"] == "eval/map_rmse_1_steps"
+  assert "eval/sliced_wasserstein_1_steps" in watched[0]
+  assert found["value"] == watched[0][found["metric"]] > 0
+  assert found["step"] == watched[0]["step"] == 50
+  assert any("best eval/map_rmse_1_steps" in line for line in lines)
+  assert (folder / "checkpoints" / "student" / "50").is_dir()
+
+
 def test_the_same_command_says_that_it_is_finished(finished, capsys):
   folder, _ = finished
   before = (folder / "summary.json").read_bytes()
   code, out, _ = command(
     launcher, capsys, f"--config={SMALL}", f"--workdir={folder}",
-    "--compile_cache=off",
+    "--compile_cache=off", *(f"--config.{o}" for o in WATCHED),
   )
   assert code == 0 and "finished before" in out and "report.html" in out
   assert (folder / "summary.json").read_bytes() == before
@@ -167,16 +191,37 @@ def test_another_config_is_refused(finished, capsys):
     "--config.seed=1",
     f"--workdir={folder}",
     "--compile_cache=off",
+    *(f"--config.{o}" for o in WATCHED),
   )
   assert code == 1
   assert "holds a run of another config (seed: 0 there, 1 now)" in err
+
+
+@pytest.mark.parametrize(
+  "error", [data.StalledSource("far: no batch 3"), train.LostProcess("gone")]
+)
+def test_what_never_returns_is_not_waited_for(
+  capsys, tmp_path, monkeypatch, error
+):
+  def fail(*arguments, **options):
+    raise error
+
+  ended = []
+  monkeypatch.setattr(job, "train_and_evaluate", fail)
+  monkeypatch.setattr("os._exit", ended.append)
+  code, _, err = command(
+    launcher, capsys, f"--config={SMALL}", f"--workdir={tmp_path}",
+    "--compile_cache=off",
+  )
+  assert ended == [1] and code == 0  # at once, nothing is joined
+  assert err.strip() == f"error: {error}"
 
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_ends_in_the_same_bits(finished, tmp_path):
   """SIGTERM in the middle; the sha of the summary equals the whole run's."""
   folder, _ = finished
-  config = config_lib.load(SMALL)
+  config = config_lib.load(SMALL, WATCHED)
 
   class Stop(train.Hook):
     def on_step(self, moment):

@@ -102,7 +102,8 @@ def test_killed_run_ends_in_the_same_bits(uninterrupted, tmp_path):
 def test_twenty_kills_at_random_moments(tmp_path):
   """SIGKILL while starting, stepping and saving: the same bits in the end.
 
-  No kill loses more than the interval between two checkpoints (4 steps).
+  No kill loses more than the interval between two checkpoints (4 steps) and
+  the steps of one write, which is over when the next one begins (4 again).
   """
   steps = 60
   expected = re.findall(
@@ -138,7 +139,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
     assert process.returncode == -signal.SIGKILL, where
     if now := said(lines):
       # A step is said before it is saved: that save may be what was killed.
-      assert now[0] > reached - 4, where
+      assert now[0] > reached - 8, where
       reached = max(reached, now[-1])
   process = start(tmp_path / "run", steps=steps)
   out = finish(process)
@@ -168,6 +169,7 @@ def test_full_disk_is_one_line_and_keeps_the_previous(tmp_path):
   assert len(stopped) == 1, out
   assert "step 8 could not be saved" in stopped[0]
   assert "last good checkpoint: step 4" in stopped[0]
+  assert "Traceback" not in out
   process = start(tmp_path)
   out = finish(process)
   assert "one: resumed at step 4" in out

@@ -29,13 +29,16 @@ class Slow(train.Hook):
 class LimitFiles(train.Hook):
   """From step 8 on, no file may grow beyond `limit` bytes: a full disk."""
 
-  def __init__(self, limit):
+  def __init__(self, limit, written):
     self.limit = limit
+    self.written = written  # the checkpoint before, which is to be whole
 
   def on_step(self, moment):
     import resource
 
     if moment.step == 8:
+      while not self.written.exists():
+        time.sleep(0.01)
       resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
 
 
@@ -43,7 +46,8 @@ def main():
   workdir, steps, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
   hooks = [Slow(seconds)]
   if len(sys.argv) > 4:
-    hooks.append(LimitFiles(int(sys.argv[4])))
+    written = pathlib.Path(workdir, "checkpoints", "one", "4")
+    hooks.append(LimitFiles(int(sys.argv[4]), written))
   pathlib.Path(workdir).mkdir(exist_ok=True)
   try:
     result = train.run(
