@@ -4,7 +4,7 @@ python -m benchmarks.rollout [task ...] [--rounds N] [--json FILE]
 
 Sides, run in turn in one process on equal weights and prompts:
 
-* ours: `lm.make_sampler`;
+* ours: `lm.make_sampler`, its cache grown in four parts;
 * no_cache: a jitted loop that reads the whole sequence again for every token;
 * tunix: the sampler of google-tunix with its own Qwen3, where it is installed.
 
@@ -48,6 +48,7 @@ TASKS = {
     "d128_vocab4k": Size(128, 4, 4096, 16, 1, 16, 64),
 }
 HEADS, KV_HEADS = 4, 2
+CACHE_PARTS = 4  # of ours
 TUNIX_GOAL = 3.0
 
 
@@ -174,6 +175,7 @@ def _sides(net, size: Size, greedy: bool) -> dict[str, Callable[[], Any]]:
       eos_id=None,
       num_samples=size.samples,
       temperature=0 if greedy else 1.0,
+      cache_parts=CACHE_PARTS,
   )
   keys = jax.random.split(jax.random.key(1), size.prompts)
   again = no_cache(net.apply_fn, size.new_tokens, greedy)

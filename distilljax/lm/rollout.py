@@ -168,6 +168,7 @@ def generate(
   limits: Any = None,
   stop_fn: StopFn | None = None,
   stop_state: PyTree = None,
+  cache_parts: int = 1,
 ) -> Rollout:
   """Samples completions; pure, to be called under jit (see `make_sampler`).
 
@@ -190,6 +191,9 @@ def generate(
     stop_fn: stop_fn(state, step) -> (state, stop [n]) ends rows by what it
       sees, e.g. `drift_stop`; called once a step, also for rows that ended.
     stop_state: its first state, a pytree.
+    cache_parts: loops that the decoding is cut into, to be compiled one by one:
+      attention reads the slots that are filled by the end of a loop, not all.
+      Above 1 the cache must have a method `resized(size)`, as `models.KVCache`.
 
   Returns:
     A `Rollout` of n = b * num_samples rows.
@@ -214,6 +218,7 @@ def generate(
   for name, number in (
     ("max_new_tokens", max_new_tokens),
     ("num_samples", num_samples),
+    ("cache_parts", cache_parts),
   ):
     if not isinstance(number, int) or number < 1:
       _checks.fail(fn, name, "an int >= 1", number)
@@ -243,15 +248,26 @@ def generate(
   logits, cache = apply_fn(
     params, prompts, where=prompt_where, cache=p + t - 1, last=True
   )
+  if cache_parts > 1 and not hasattr(cache, "resized"):
+    _checks.fail(
+      fn, "cache_parts", "1 where the cache has no `resized`", cache_parts
+    )
   if num_samples > 1:
     logits = repeat(logits)
     cache = jax.tree.map(lambda a: repeat(a) if a.ndim else a, cache)
 
   options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  dtype = _checks.at_least_float32(logits).dtype
+  # All of them before the loop: a random number is many small operations, which
+  # cost a step on CPU more than a block of a small network does.
+  uniforms = None if _is_greedy(temperature) else _uniforms(row_keys, t, dtype)
 
   def draw(index, logits, alive, stop_state):
     logits = _checks.at_least_float32(logits[:, -1])
-    token, log_prob, sampling = _draw(row_keys, index, logits, **options)
+    uniform = None
+    if uniforms is not None:
+      uniform = jax.lax.dynamic_index_in_dim(uniforms, index, keepdims=False)
+    token, log_prob, sampling = _draw(uniform, logits, **options)
     token = jnp.where(alive, token, pad_id).astype(jnp.int32)
     zero = jnp.zeros((), log_prob.dtype)
     log_prob = jnp.where(alive, log_prob, zero)
@@ -300,7 +316,6 @@ def generate(
       state,
     )
 
-  dtype = _checks.at_least_float32(logits).dtype
   first = Carry(
     index=jnp.zeros((), jnp.int32),
     token=jnp.zeros((n,), jnp.int32),
@@ -322,9 +337,16 @@ def generate(
     )
     return record(carry, logits, cache)
 
-  last = jax.lax.while_loop(
-    lambda carry: (carry.index < t) & jnp.any(carry.alive), body, first
-  )
+  last = first
+  for i in range(cache_parts):
+    end = -(-t * (i + 1) // cache_parts)  # tokens that the rows then have
+    if cache_parts > 1:  # the last of them is not read yet
+      last = last._replace(cache=last.cache.resized(p + end - 1))
+    last = jax.lax.while_loop(
+      lambda carry, end=end: (carry.index < end) & jnp.any(carry.alive),
+      body,
+      last,
+    )
   return Rollout(
     prompts=repeat(prompts),
     prompt_where=repeat(prompt_where),
@@ -350,70 +372,90 @@ def _row_limits(fn: str, limits: Any, b: int, t: int) -> Array:
   return jnp.broadcast_to(limits, (b,))
 
 
-def _first_above(weights: Array, mark: Array) -> tuple[Array, Array]:
-  """The first i with weights[0] + ... + weights[i] > mark, and mark - before.
+def _uniforms(keys: Array, t: int, dtype: Any) -> Array:
+  """The numbers in [0, 1) that rows with keys [n] draw by, [t, n]."""
+  steps = jnp.arange(t)
+  draw = lambda key, step: jax.random.uniform(
+    jax.random.fold_in(key, step), (), dtype
+  )
+  return jax.vmap(jax.vmap(draw, (0, None)), (None, 0))(keys, steps)
+
+
+def _first_above(
+  weights: Array, mark: Array
+) -> tuple[Array, Array, Array]:
+  """The first i with weights[0] + ... + weights[i] > mark * their sum.
 
   Never one of weight 0, whatever rounding does to the sums.
 
   Args:
-    weights: not negative. Shape [n, m].
-    mark: in [0, sum of the weights), up to rounding. Shape [n].
+    weights: not negative, one above 0. Shape [n, m].
+    mark: in [0, 1). Shape [n].
 
   Returns:
-    (index [n], what of the mark is left for within it [n]).
+    (index [n], what of the mark is left for within it, in [0, 1) up to
+    rounding [n], sum [n]).
   """
-  upto = jnp.cumsum(weights, axis=1)
-  heavy = weights > 0
-  most = jnp.max(jnp.where(heavy, upto, 0), axis=1)
-  mark = jnp.minimum(mark, jnp.nextafter(most, jnp.zeros_like(most)))
-  index = jnp.argmax((upto > mark[:, None]) & heavy, axis=1)
-  before = jnp.where(
-    jnp.arange(weights.shape[1])[None, :] < index[:, None], weights, 0
-  )
-  return index, jnp.maximum(mark - jnp.sum(before, axis=1), 0)
+  m = weights.shape[1]
+  place = jnp.arange(m, dtype=jnp.int32)
+  # As a product: a scan is several passes, here over few numbers.
+  before = (place[:, None] < place[None, :]).astype(weights.dtype)
+  below = jnp.matmul(weights, before, precision="highest")
+  upto = below + weights
+  total = upto[:, -1]
+  goal = (mark * total)[:, None]
+  # The first that passes; where rounding lets none, the last of any weight:
+  # both are the least of these numbers, the second kind counted from 2m down.
+  number = jnp.where(upto > goal, place[None], 2 * m - place[None])
+  number = jnp.min(jnp.where(weights > 0, number, 2 * m), axis=1)
+  index = jnp.where(number < m, number, 2 * m - number)
+  pick = lambda a: jnp.take_along_axis(a, index[:, None], axis=1)[:, 0]
+  return index, (goal[:, 0] - pick(below)) / pick(weights), total
 
 
-def _invert(probs: Array, uniform: Array) -> Array:
-  """The token [n] where the distribution function of probs [n, v] passes it.
+def _invert(weights: Array, uniform: Array) -> tuple[Array, Array]:
+  """The token [n] where the distribution function of weights [n, v] passes it.
 
-  One number a row, not one a token as the Gumbel trick needs. Blocks of about
-  sqrt(v) tokens first, then the tokens of the block: two short sums instead of
-  one long one, which is faster and rounds less.
+  One number a row, not one a token as the Gumbel trick needs. Where v is large
+  blocks of about sqrt(v) tokens first, then the tokens of the block: two short
+  sums instead of one long one, which is faster and rounds less.
 
   Args:
-    probs: of the tokens, their sum about 1. Shape [n, v].
+    weights: proportional to the tokens' probabilities. Shape [n, v].
     uniform: in [0, 1). Shape [n].
+
+  Returns:
+    (tokens [n], sum of the weights [n]).
   """
-  n, v = probs.shape
+  n, v = weights.shape
+  if v <= 64:
+    index, _, total = _first_above(weights, uniform)
+    return index, total
   size = math.isqrt(v - 1) + 1
-  blocks = jnp.pad(probs, ((0, 0), (0, -v % size))).reshape(n, -1, size)
-  sums = jnp.sum(blocks, axis=2)
-  block, rest = _first_above(sums, uniform * jnp.sum(sums, axis=1))
+  blocks = jnp.pad(weights, ((0, 0), (0, -v % size))).reshape(n, -1, size)
+  block, rest, total = _first_above(jnp.sum(blocks, axis=2), uniform)
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-  return block * size + _first_above(inside, rest)[0]
+  return block * size + _first_above(inside, rest)[0], total
 
 
-def _draw(keys, index, logits, *, temperature, top_k, top_p):
+def _draw(uniform, logits, *, temperature, top_k, top_p):
   """(tokens [n], log-probs at temperature 1, under the sampling one)."""
   pick = lambda a, i: jnp.take_along_axis(a, i[:, None], axis=-1)[:, 0]
-  log_probs = jax.nn.log_softmax(logits, axis=-1)
   if _is_greedy(temperature):
     token = jnp.argmax(logits, axis=-1)
-    log_prob = pick(log_probs, token)
+    log_prob = pick(jax.nn.log_softmax(logits, axis=-1), token)
     return token, log_prob, jnp.zeros_like(log_prob)
-  plain = top_k is None and top_p is None
-  if plain and _checks.is_number(temperature) and temperature == 1:
-    sampling = log_probs
-  else:
-    sampling = sampling_logits(
-      logits, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-  uniform = jax.vmap(
-    lambda key: jax.random.uniform(
-      jax.random.fold_in(key, index), (), sampling.dtype
-    )
-  )(keys)
-  token = _invert(jnp.exp(sampling), uniform)
+  one = _checks.is_number(temperature) and temperature == 1
+  if one and top_k is None and top_p is None:
+    top = jnp.max(logits, axis=-1)
+    token, total = _invert(jnp.exp(logits - top[:, None]), uniform)
+    log_prob = pick(logits, token) - top - jnp.log(total)
+    return token, log_prob, log_prob
+  sampling = sampling_logits(
+    logits, temperature=temperature, top_k=top_k, top_p=top_p
+  )
+  token, _ = _invert(jnp.exp(sampling), uniform)
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
   return token, pick(log_probs, token), pick(sampling, token)
 
 

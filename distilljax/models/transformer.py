@@ -19,17 +19,43 @@ class KVCache(NamedTuple):
   picked by `jax.tree.map`; `index` alone has none.
 
   Attributes:
-    keys: one array a block [b, kv_heads, size, head_dim], after RoPE.
+    keys: one array a block [b, kv_heads, head_dim, size], after RoPE: the
+      layout in which scores need no transposition.
     values: one array a block [b, kv_heads, size, head_dim].
-    where: slots that hold a token, bool [b, size]; false is left padding or not
-      yet written.
+    where: false at padding, bool [b, size]; true elsewhere, also where nothing
+      is written yet.
+    cos: of the angles that RoPE turns the token of a slot by, and
+    sin: float [b, all slots, head_dim / 2].
     index: next slot to write, int32 scalar, the same for all rows.
   """
 
   keys: tuple[jax.Array, ...]
   values: tuple[jax.Array, ...]
   where: jax.Array
+  cos: jax.Array
+  sin: jax.Array
   index: jax.Array
+
+  def resized(self, size: int) -> "KVCache":
+    """The same with `size` slots, at most as many as it was made with.
+
+    Attention over fewer slots is faster; those written must be among them.
+    """
+    most = self.cos.shape[1]
+    if size > most:
+      _checks.fail("KVCache.resized", "size", f"<= {most}", size)
+
+    def fit(a, axis, fill=0):
+      more = max(0, size - a.shape[axis])
+      wide = [(0, more if i == axis else 0) for i in range(a.ndim)]
+      a = jnp.pad(a, wide, constant_values=fill)
+      return jax.lax.slice_in_dim(a, 0, size, axis=axis)
+
+    return self._replace(
+        keys=tuple(fit(k, 3) for k in self.keys),
+        values=tuple(fit(v, 2) for v in self.values),
+        where=fit(self.where, 1, True),
+    )
 
 
 class _Dense(nnx.Module):
@@ -65,6 +91,11 @@ class _Embedding(nnx.Module):
   def __call__(self, ids):
     # An id outside the table gives NaN, not its neighbour's vector.
     return jnp.take(self.weight[...], ids, axis=0, mode="fill")
+
+
+def _count(where):
+  """Positions [b, l] that count the tokens which are no padding."""
+  return jnp.maximum(jnp.cumsum(where, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def rotary_angles(positions, head_dim: int, base: float):
@@ -119,8 +150,9 @@ class _Attention(nnx.Module):
   def __call__(self, x, cos, sin, allowed, kv, index):
     """[b, l, d], and the cache of this block with the new keys in it.
 
-    With a cache `allowed` is bool [b, l, size]; without, it is `where` [b, l]
-    of the tokens themselves, None for all.
+    `kv` is the cache, the number of slots of a new one, or None. With a cache
+    `allowed` is bool [b, l, size], with a new one [b, l, l]; without, it is
+    `where` [b, l] of the tokens themselves, None for all.
     """
     b, l, _ = x.shape
     q = self.q_proj(x).reshape(b, l, -1, self.head_dim)
@@ -131,24 +163,34 @@ class _Attention(nnx.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if kv is None:
       return self.o_proj(self._whole(q, k, v, allowed).reshape(b, l, -1)), None
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    start = (0, 0, index, 0)
-    k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
-    v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
-    kv = (k, v)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    if isinstance(kv, int):
+      empty = (0, kv - l)
+      kv = (
+          jnp.pad(k, ((0, 0), (0, 0), (0, 0), empty)),
+          jnp.pad(v, ((0, 0), (0, 0), empty, (0, 0))),
+      )
+    else:
+      put = jax.lax.dynamic_update_slice
+      k = put(kv[0], k.astype(kv[0].dtype), (0, 0, 0, index))
+      v = put(kv[1], v.astype(kv[1].dtype), (0, 0, index, 0))
+      kv = (k, v)
     # [b, kv_heads, groups * l, hd]: the heads of a group read the same keys.
     q = q.reshape(b, l, self.kv_heads, self.groups, self.head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(b, self.kv_heads, -1, self.head_dim)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(self.head_dim)
+    scores = jnp.einsum("bhqd,bhdk->bhqk", q, k) / math.sqrt(self.head_dim)
     scores = _checks.at_least_float32(scores)
     scores = scores.reshape(b, self.kv_heads, self.groups, l, -1)
     # Finite, so that a padding row, which sees no key, is no NaN.
     scores = jnp.where(
         allowed[:, None, None], scores, jnp.finfo(scores.dtype).min
     )
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = weights.reshape(b, self.kv_heads, self.groups * l, -1)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    scores = scores.reshape(b, self.kv_heads, self.groups * l, -1)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    # The sum is divided out of head_dim numbers, not of every weight.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
+    out = (out.astype(total.dtype) / total).astype(v.dtype)
     out = out.reshape(b, self.kv_heads, self.groups, l, self.head_dim)
     out = out.transpose(0, 3, 1, 2, 4).reshape(b, l, -1)
     return self.o_proj(out), kv
@@ -309,15 +351,10 @@ class Transformer(nnx.Module):
       return kernels.Head(params["lm_head"]["kernel"])
     return kernels.Head(params["embed_tokens"]["weight"], tied=True)
 
-  def _empty(self, b: int, size: int, dtype) -> KVCache:
-    shape = (b, self.kv_heads, size, self.head_dim)
-    empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(self.depth))
-    return KVCache(
-        empty(),
-        empty(),
-        jnp.zeros((b, size), bool),
-        jnp.zeros((), jnp.int32),
-    )
+  def _turns(self, positions):
+    """(cos, sin) of RoPE at positions [b, l], each [b, l, hd / 2]."""
+    angles = rotary_angles(positions, self.head_dim, self.rope_base)
+    return jnp.cos(angles), jnp.sin(angles)
 
   def _blocks(self, h, cos, sin, allowed):
     """All blocks, without a cache."""
@@ -356,44 +393,56 @@ class Transformer(nnx.Module):
         lambda x: (x >= 0) & (x < self.vocab_size),
         f"in [0, {self.vocab_size - 1}]",
     )
-    given = where
-    if where is None:
-      where = jnp.ones((b, l), bool)
-    _checks.boolean(name, where=where)
-    _checks.shape(name, "where", where, (b, l), "[b, l]", "tokens")
-    dtype = self.embed_tokens.weight[...].dtype
-    if isinstance(cache, int):
-      if cache < l:
-        _checks.fail(name, "cache", f">= {l}, the tokens to read", cache)
-      cache = self._empty(b, cache, dtype)
-    if cache is None:
-      before = jnp.zeros((b, 1), jnp.int32)
-      allowed = given
+    if where is not None:
+      _checks.boolean(name, where=where)
+      _checks.shape(name, "where", where, (b, l), "[b, l]", "tokens")
+      where = jnp.asarray(where)
+    if positions is not None:
+      _checks.integer(name, positions=positions)
+      _checks.shape(name, "positions", positions, (b, l), "[b, l]", "tokens")
+      positions = jnp.asarray(positions)
+    order = None
+    if cache is None or isinstance(cache, int):
+      kept = jnp.ones((b, l), bool) if where is None else where
+      if positions is None:
+        positions = _count(kept)
+      if cache is None:
+        allowed = where
+        order = layers.zigzag(name, "tokens", l)
+        if order is not None:
+          tokens, positions = tokens[:, order], positions[:, order]
+          allowed = None if allowed is None else allowed[:, order]
+      else:
+        if cache < l:
+          _checks.fail(name, "cache", f">= {l}, the tokens to read", cache)
+        # Nothing but these tokens is in a new cache.
+        allowed = kept[:, None] & jnp.tri(l, dtype=bool)[None]
+        kept = jnp.pad(
+            kept, ((0, 0), (0, cache - l)), constant_values=True
+        )
+        turns, index = self._turns(_count(kept)), jnp.zeros((), jnp.int32)
+      cos, sin = self._turns(positions)
     else:
       size = cache.where.shape[1]
       _checks.shape(
           name, "cache.where", cache.where, (b, size), "[b, size]", "tokens"
       )
-      before = jnp.sum(cache.where, axis=1, keepdims=True, dtype=jnp.int32)
-      kept = jax.lax.dynamic_update_slice(cache.where, where, (0, cache.index))
+      kept, index, turns = cache.where, cache.index, (cache.cos, cache.sin)
+      if where is not None:
+        kept = jax.lax.dynamic_update_slice(kept, where, (0, index))
+        rest = turns[0].shape[1] - size
+        turns = self._turns(
+            _count(jnp.pad(kept, ((0, 0), (0, rest)), constant_values=True))
+        )
       slot = jnp.arange(size, dtype=jnp.int32)
-      query = cache.index + jnp.arange(l, dtype=jnp.int32)
-      allowed = kept[:, None, :] & (slot[None, :] <= query[:, None])[None]
-    if positions is None:
-      seen = jnp.cumsum(where, axis=1, dtype=jnp.int32)
-      positions = before + jnp.maximum(seen - 1, 0)
-    else:
-      _checks.integer(name, positions=positions)
-      _checks.shape(name, "positions", positions, (b, l), "[b, l]", "tokens")
-    positions = jnp.asarray(positions)
-    order = None
-    if cache is None:
-      order = layers.zigzag(name, "tokens", l)
-    if order is not None:
-      tokens, positions = tokens[:, order], positions[:, order]
-      allowed = None if allowed is None else allowed[:, order]
-    angles = rotary_angles(positions, self.head_dim, self.rope_base)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+      query = index + jnp.arange(l, dtype=jnp.int32)
+      allowed = kept[:, None] & (slot[None, :] <= query[:, None])[None]
+      if positions is None:
+        cos, sin = (
+            jax.lax.dynamic_slice_in_dim(a, index, l, axis=1) for a in turns
+        )
+      else:
+        cos, sin = self._turns(positions)
     h = self.embed_tokens(tokens)
     if cache is None:
       h = self._blocks(h, cos, sin, allowed)
@@ -404,9 +453,11 @@ class Transformer(nnx.Module):
         block = (
             layers.layer(self.layers, i) if self.scan_layers else self.layers[i]
         )
-        kv = (cache.keys[i], cache.values[i])
+        kv = cache
+        if not isinstance(cache, int):
+          kv = (cache.keys[i], cache.values[i])
         h = layers.cut_rows(h)
-        h, kv = block(h, cos, sin, allowed, kv, cache.index)
+        h, kv = block(h, cos, sin, allowed, kv, index)
         keys.append(kv[0])
         values.append(kv[1])
     h = self.norm(layers.cut_rows(h, sequence=1))
@@ -419,13 +470,13 @@ class Transformer(nnx.Module):
         "bld,dv->blv",
         h[:, -1:] if last else h,
         head,
-        preferred_element_type=jnp.promote_types(h.dtype, jnp.float32),
+        preferred_element_type=_checks.at_least_float32(h).dtype,
     )
     out = (logits,)
     if features:
       out += (_checks.at_least_float32(h),)
     if cache is not None:
-      out += (KVCache(tuple(keys), tuple(values), kept, cache.index + l),)
+      out += (KVCache(tuple(keys), tuple(values), kept, *turns, index + l),)
     return out if len(out) > 1 else logits
 
 

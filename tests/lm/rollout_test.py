@@ -309,6 +309,37 @@ def test_two_devices_sample_what_one_does():
   np.testing.assert_allclose(got.log_probs, want.log_probs, **_TOLERANCE)
 
 
+def test_a_cache_in_parts_changes_nothing():
+  """Four uneven parts; also where the rows end in the first of them."""
+  options = _SETTINGS["warm"] | {"eos_id": None}
+  for limits in (None, np.full(B, 2)):
+    whole = _sample(limits=limits, **options)
+    got = _sample(limits=limits, cache_parts=4, **options)
+    assert got.steps == whole.steps == (T if limits is None else 2)
+    for name in ("tokens", "where", "lengths", "finished"):
+      np.testing.assert_array_equal(getattr(got, name), getattr(whole, name))
+    np.testing.assert_allclose(got.log_probs, whole.log_probs, **_TOLERANCE)
+
+
+def test_a_part_reads_no_slot_that_it_does_not_fill():
+  """T = 6 in 4 parts: 2, 3, 5 and 6 tokens, the last of which is not read."""
+  seen = []
+
+  def apply_fn(params, tokens, **kw):
+    if not isinstance(kw["cache"], int):
+      seen.append(kw["cache"].where.shape[1] - P)
+    return _net()[0](params, tokens, **kw)
+
+  jax.eval_shape(
+      lambda params, prompts: lm.generate(
+          apply_fn, params, prompts, _keys(), max_new_tokens=T, eos_id=EOS,
+          cache_parts=4,
+      ).tokens,
+      _net()[1], np.zeros((B, P), int),
+  )  # fmt: skip
+  assert seen == [1, 2, 4, 5]
+
+
 def test_samples_share_one_prefill():
   """The network reads each prompt once, whatever num_samples is: by FLOPs."""
   calls = []
@@ -394,23 +425,37 @@ def test_the_token_is_where_the_distribution_function_passes(v):
   inside = [edges[i] + f * p[i] for i in range(v) for f in (0.01, 0.5, 0.99)]
   want = [i for i in range(v) for _ in range(3)]
   keep = [i for i, token in enumerate(want) if p[token] > 0]
-  got = rollout._invert(
+  got, total = rollout._invert(
       jnp.tile(jnp.asarray(p, jnp.float32), (len(keep), 1)),
       jnp.asarray(np.asarray(inside)[keep], jnp.float32),
   )
   assert got.tolist() == [want[i] for i in keep]
+  np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
-def test_no_rounding_draws_a_token_of_no_weight():
+def test_a_number_on_an_edge_belongs_to_what_comes_after():
+  """Exact sums: halves and quarters, one level and two."""
+  weights = jnp.asarray([[1.0, 1.0, 0.0, 2.0]])
+  wide = jnp.pad(weights, ((0, 0), (70, 30)))
+  for u, want in ((0.0, 0), (0.25, 1), (0.5, 3), (0.75, 3)):
+    for w, shift in ((weights, 0), (wide, 70)):
+      got, total = rollout._invert(w, jnp.asarray([u]))
+      assert got.tolist() == [want + shift] and total.tolist() == [4.0]
+
+
+@pytest.mark.parametrize("v", [37, 130])
+def test_no_rounding_draws_a_token_of_no_weight(v):
   """Both ends of the numbers, sums below and above 1, weights at the rims."""
   rng = np.random.default_rng(0)
-  p = np.abs(rng.normal(size=(400, 37))) * (rng.random((400, 37)) < 0.3)
-  p[:, rng.integers(37)] += 1e-3
+  p = np.abs(rng.normal(size=(400, v))) * (rng.random((400, v)) < 0.3)
+  p[:, rng.integers(v)] += 1e-3
   p = (p / p.sum(1, keepdims=True)).astype(np.float32)
   for scale in (1.0, 1 - 1e-6, 1 + 1e-6):
     for u in (0.0, np.float32(1) - np.float32(2) ** -24):
       got = np.asarray(
-          rollout._invert(jnp.asarray(p * scale), jnp.full(400, u, jnp.float32))
+          rollout._invert(
+              jnp.asarray(p * scale), jnp.full(400, u, jnp.float32)
+          )[0]
       )
       allowed = [np.flatnonzero(row) for row in p]
       ends = [a[0] if u == 0 else a[-1] for a in allowed]
@@ -464,6 +509,8 @@ def test_bfloat16_logits_give_float32_log_probs():
         (dict(keys=_keys(3)), r"keys must be \[b\]=\[4\] like prompts"),
         (dict(max_new_tokens=0), "max_new_tokens must be an int >= 1, got 0"),
         (dict(num_samples=0), "num_samples must be an int >= 1, got 0"),
+        (dict(cache_parts=0), "cache_parts must be an int >= 1, got 0"),
+        (dict(cache_parts=2), "cache_parts must be 1 where the cache has no"),
         (dict(temperature=-1.0), "temperature must be in"),
         (dict(temperature=float("nan")), "temperature must be"),
         (dict(temperature=float("inf")), "temperature must be finite"),

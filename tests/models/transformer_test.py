@@ -245,8 +245,62 @@ def test_decoding_equals_the_full_forward(chunk):
   np.testing.assert_allclose(got[where], full[where], rtol=0, atol=5e-6)
   assert int(cache.index) == 7
   np.testing.assert_array_equal(cache.where[:, :7], where)
-  assert not np.asarray(cache.where[:, 7:]).any()
-  assert cache.keys[0].shape == (3, KV, 9, HD) and len(cache.keys) == DEPTH
+  assert np.asarray(cache.where[:, 7:]).all()  # nothing there is padding
+  assert cache.keys[0].shape == (3, KV, HD, 9) and len(cache.keys) == DEPTH
+  assert cache.values[0].shape == (3, KV, 9, HD)
+
+
+def test_decoding_in_bfloat16(strict):
+  """The cache has the network's dtype, and nothing is promoted by chance."""
+  net = _net()
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), net.params)
+  tokens = _tokens()[:, :4]
+  full = net.apply_fn(half, tokens)
+  _, cache = net.apply_fn(half, tokens[:, :3], cache=4)
+  got, cache = _cached(net)(half, tokens[:, 3:], cache)
+  assert cache.keys[0].dtype == cache.values[0].dtype == jnp.bfloat16
+  assert got.dtype == jnp.float32
+  # bf16 has 8 bits; logits have size 5.
+  np.testing.assert_allclose(got[:, 0], full[:, 3], rtol=0, atol=0.3)
+
+
+def test_a_resized_cache_goes_on():
+  """Cut behind what is written, then grown again: the same logits."""
+  net = _net()
+  tokens = _tokens(l=6)
+  where = np.ones((3, 3), bool)
+  where[0, :2] = False
+  _, cache = net.apply_fn(net.params, tokens[:, :3], where=where, cache=8)
+  wanted, whole = _cached(net)(net.params, tokens[:, 3:5], cache)
+  got, short = _cached(net)(net.params, tokens[:, 3:5], cache.resized(5))
+  np.testing.assert_allclose(got, wanted, rtol=0, atol=5e-6)
+  again = short.resized(8)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6),
+      again, whole,
+  )  # fmt: skip
+  with one_line_error("KVCache.resized: size must be <= 8, got 9"):
+    cache.resized(9)
+
+
+def test_padding_may_come_in_a_later_part_of_a_prompt():
+  """A row that is padding alone so far, read in two parts; cut in between."""
+  net = _net()
+  tokens = _tokens(l=6)
+  where = np.ones((3, 6), bool)
+  where[0, :4] = where[1, :2] = False
+  full = net.apply_fn(net.params, tokens, where=where)
+  _, cache = net.apply_fn(
+      net.params, tokens[:, :2], where=where[:, :2], cache=8
+  )
+  got, cache = _cached(net)(
+      net.params, tokens[:, 2:5], cache.resized(6), where=where[:, 2:5]
+  )
+  np.testing.assert_allclose(
+      got[where[:, 2:5]], full[:, 2:5][where[:, 2:5]], rtol=0, atol=5e-6
+  )
+  last, _ = _cached(net)(net.params, tokens[:, 5:], cache)
+  np.testing.assert_allclose(last[:, 0], full[:, 5], rtol=0, atol=5e-6)
 
 
 def test_last_is_the_last_row_and_features_come_before_the_cache():
