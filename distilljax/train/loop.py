@@ -402,7 +402,6 @@ class _Runner:
           received = _agree(received) if asked else None
         if received is not None and not last:
           self.save()
-          self.checkpoints.wait()
           raise Interrupted(stage.name, self.step_number, received)
     finally:
       for hook in hooks:
@@ -421,7 +420,6 @@ class _Runner:
     for name, count in jax.device_get(self.state.skipped).items():
       if count[1] > max_skips:
         self.save()
-        self.checkpoints.wait()
         rows = None
         if name in updates:
           rows = self.step.not_finite(name, self.state, self.frozen, batch)
@@ -460,7 +458,8 @@ class _Runner:
     try:
       self.checkpoints.close()
     except checkpoint_lib.SaveError as unsaved:
-      if isinstance(error, OSError):  # a full disk may be met anywhere first
+      # A full disk may be met anywhere first; the others say that all is saved.
+      if isinstance(error, (OSError, Interrupted, Diverged)):
         raise unsaved from error
       self.log(str(unsaved))
 
