@@ -68,9 +68,8 @@ def _case(nets, images, a, method, cfg):
     scaled = level == finest - 1
     if method == "shortcut":
       # Guided are the rows of the smallest step only, by their index.
-      scaled = rows < k // int(finest_of(n)) if not cfg[
-          "bootstrap_dt_bias"
-      ] else rows < (k // 2) // int(finest_of(n))
+      rows_a_level = k // (1 + cfg["bootstrap_dt_bias"]) // finest_of(n)
+      scaled = rows < rows_a_level
     w = cfg["cfg_scale"] if cfg["bootstrap_cfg"] else 1.0
     scale = jnp.where(scaled, w, 1.0).astype(x_t.dtype)
     params = nets[("student_" if method == "shortcut" else "teacher_") + kind]
@@ -110,13 +109,6 @@ def reproduce(golden):
     cfg = {
         m.group(1): golden.number(m.group(0))
         for m in list(golden.match(f"{case}_cfg_(.*)"))
-    }
-    keys = ("denoise_timesteps", "bootstrap_every", "num_classes", "cfg_scale")
-    cfg = {
-        "bootstrap_ema": cfg.get("bootstrap_ema", 1),
-        "bootstrap_cfg": cfg.get("bootstrap_cfg", 0),
-        "bootstrap_dt_bias": cfg.get("bootstrap_dt_bias", 0),
-        **{k: cfg[k] for k in keys},
     }
     for method in dict.fromkeys(
         m.group(1) for m in golden.match(f"{case}_{_METHOD}_t")

@@ -64,17 +64,19 @@ def _setting(cfg):
   return setting
 
 
-def _phase(cfg, t):
+def _gap(cfg):
+  """Between the two times of a pair; the continuous form has one time."""
   paired = cfg["distill_type"] in ("discrete", "cm")
-  step = cfg["distill_interval"] if paired else 0.0
-  return losses.phase_start(t, phases=cfg["multiphase"], step=step)
+  return cfg["distill_interval"] if paired else 0.0
+
+
+def _phase(cfg, t):
+  return losses.phase_start(t, phases=cfg["multiphase"], step=_gap(cfg))
 
 
 def _time(cfg, normal):
   """The official draw of t from a standard normal one."""
-  low = cfg["sigma_min"]
-  if cfg["distill_type"] in ("discrete", "cm"):
-    low = low + cfg["distill_interval"]
+  low = cfg["sigma_min"] + _gap(cfg)
   mean, std = cfg["mean"], cfg["std"]
   return low + (1 - low) * jax.nn.sigmoid(normal * std + mean)
 
@@ -120,7 +122,6 @@ def _case(student, teacher, x0, noise, cond, a, cfg):
           start, _network(params, cond, start, one), one, zero
       )
       x_t, _ = path(x, eps, t)
-      x_t = jax.lax.stop_gradient(x_t)
       direction = losses.velocity_distillation_direction(
           functools.partial(_network, params, cond),
           x_t, _teacher(teacher, cond, x_t, t, cfg["cfg_teacher_vd"]), t,

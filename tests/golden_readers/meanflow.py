@@ -21,14 +21,7 @@ CALLS = {
 NOT_REPRODUCED = {}
 
 # Defaults of the official configuration, for keys that a file may lack.
-_DEFAULTS = {
-    "omega": 1.0,
-    "kappa": 0.5,
-    "norm_p": 1.0,
-    "norm_eps": 0.01,
-    "t_start": 0.0,
-    "t_end": 1.0,
-}
+_DEFAULTS = {"t_start": 0.0, "t_end": 1.0}
 
 
 def _network(params, labels, x, t, r):
@@ -81,15 +74,14 @@ def reproduce(golden):
   values = {}
   golden.number("num_classes")
   for case in golden.cases():
-    cfg = {
-        k: golden.number(f"{case}_cfg_{k}", default)
-        for k, default in _DEFAULTS.items()
+    # Among these is how t, r and labels were drawn.
+    cfg = _DEFAULTS | {
+        m.group(1): golden.number(m.group(0))
+        for m in list(golden.match(f"{case}_cfg_(.*)"))
     }
-    for match in list(golden.match(f"{case}_cfg_.*")):
-      golden.number(match.group(0))  # how t, r and labels were drawn
     loss = tuple((k, cfg[k]) for k in ("norm_p", "norm_eps"))
     guide = ()
-    if golden.number(f"{case}_cfg_guidance_eq"):
+    if cfg["guidance_eq"]:
       names = ("omega", "kappa", "t_start", "t_end")
       guide = tuple((k, cfg[k]) for k in names)
     out = _case(

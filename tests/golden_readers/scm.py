@@ -117,7 +117,7 @@ def reproduce(golden):
   for case in golden.cases():
     cfg = {
         "sched": golden.number(f"{case}_cfg_sched"),
-        "use_cd": golden.number(f"{case}_cfg_use_cd", False),
+        "use_cd": golden.number(f"{case}_cfg_use_cd"),
         "cfg": golden.number(f"{case}_cfg_cfg", float("nan")),
         "warm": golden.number(f"{case}_cfg_warm"),
         "it": golden.number(f"{case}_cfg_it"),
