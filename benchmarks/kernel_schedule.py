@@ -173,16 +173,33 @@ def read_schedules(folder: pathlib.Path) -> dict[str, dict[str, int]]:
     {kernel: {"bundles" or a unit's name: number}}.
   """
   found = {}
+  for name, row in all_schedules(folder).items():
+    ours = re.match(r"(?:jvp_attention_)?(\w+)", name)
+    if re.search("jvp_attention|flash", name):
+      found["jax" if "flash" in name else ours.group(1)] = row
+  return found
+
+
+def all_schedules(folder: pathlib.Path) -> dict[str, dict[str, int]]:
+  """What the compiler wrote down about every kernel and fusion.
+
+  Args:
+    folder: where it was told to dump.
+
+  Returns:
+    {name in the program: {"bundles" or a unit's name: number}}.
+  """
+  found = {}
   for path in sorted(folder.glob("*-schedule-analysis_final_bundles.txt")):
-    name = re.match(r"\d+-(?:jvp_attention_)?(\w+)", path.name)
-    if name is None or not re.search("jvp_attention|flash", path.name):
-      continue
     text = path.read_text(encoding="utf-8")
     bundles = re.search(r"non empty scheduled bundles:\s*(\d+)", text)
     stem = re.split(r"-\d+-schedule", path.name)[0]
-    (use,) = folder.glob(
-        f"{stem}-*-final_hlo-static-per-bundle-utilization.txt"
+    uses = list(
+        folder.glob(f"{stem}-*-final_hlo-static-per-bundle-utilization.txt")
     )
+    if bundles is None or not uses:
+      continue
+    (use,) = uses
     lines = use.read_text(encoding="utf-8").splitlines()
     units = [unit.strip() for unit in lines[1].split(",")]
     room = [int(number) for number in lines[2].split()]
@@ -196,7 +213,7 @@ def read_schedules(folder: pathlib.Path) -> dict[str, dict[str, int]]:
     for unit, total, capacity in zip(units, totals, room):
       # Spills are counted, the others are the bundles that they need.
       row[unit] = total if ":" in unit else -(-total // capacity)
-    found["jax" if "flash" in path.name else name.group(1)] = row
+    found[stem.partition("-")[2]] = row
   return found
 
 

@@ -34,14 +34,16 @@ Kind = Literal[
   "sparse_reverse_kl",
 ]
 Tail = Literal["bucket", "renormalize", "drop"]
-# By platform, columns of a chunk without and with a reference: a pass holds a
-# float32 array [n, chunk] a model, which on a CPU should stay in the cache; of
-# those, a GPU's compiler keeps more at once.
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
+# By platform, columns of a chunk without a reference, with one, and with a
+# cached teacher: a pass holds a float32 array [n, chunk] a model, which on a
+# CPU should stay in the cache; of those, a GPU's compiler keeps more at once,
+# and every compiler where ids are gathered and scattered.
 CHUNKS = {
-  "tpu": (4096, 2048),
-  "gpu": (2048, 2048),
-  "cuda": (2048, 2048),
-  "cpu": (2048, 1024),
+  "tpu": (4096, 2048, 1024),
+  "gpu": (2048, 2048, 1024),
+  "cuda": (2048, 2048, 1024),
+  "cpu": (2048, 1024, 2048),
 }
 
 
@@ -388,7 +390,7 @@ def _plan(
 ):
   """(loss or None, outputs, extras, top-k of the teacher or None)."""
   if implementation is not None:
-    _checks.one_of(fn, "implementation", implementation, ("xla",))
+    _checks.one_of(fn, "implementation", implementation, IMPLEMENTATIONS)
   if kind is not None:
     _checks.one_of(fn, "kind", kind, DENSE + SPARSE)
   _checks.one_of(fn, "tail", tail, ("bucket", "renormalize", "drop"))
@@ -496,7 +498,7 @@ def _plan(
   chunk = chunk_size
   if chunk is None:
     chunks = CHUNKS.get(platform.platform(), CHUNKS["tpu"])
-    chunk = chunks["reference" in sizes]
+    chunk = chunks[2 if sparse else int("reference" in sizes)]
   order = ("loss", "lse", "entropy", "picks", "tempered", "rest")
   spec = xla.Spec(
     inputs=tuple(sorted(inputs)),
@@ -514,7 +516,10 @@ def _plan(
     tied=tuple(tied),
     axis=None,
     shards=1,
+    implementation=implementation or "xla",
   )
+  if implementation == "pallas_tpu" and outputs:
+    _check_kernel(fn, spec, inputs, axis_name)
   made, extra = {}, {}
   if outputs:
     made, extra = _run(fn, spec, inputs, axis_name, vocab_size)
@@ -524,6 +529,24 @@ def _plan(
   elif kind is not None and dense is None:
     loss = jnp.zeros((n,), xla.wide(*inputs.values()))
   return loss, made, extra
+
+
+def _check_kernel(fn, spec, inputs, axis_name):
+  """That the TPU kernel can do the case, and where it is asked to."""
+  from distilljax.kernels.linear_head import pallas_tpu
+
+  here = platform.platform()
+  if not pallas_tpu.runs_on(here):
+    _checks.fail(
+      fn, "implementation", f"'xla' on {here!r}, or None", "'pallas_tpu'"
+    )
+  needs = pallas_tpu.cannot(spec, inputs)
+  if axis_name is not None:
+    needs = "no axis_name"
+  if needs is not None:
+    _checks.fail(
+      fn, "implementation", f"'xla', or {needs}", "'pallas_tpu'"
+    )
 
 
 def _dense_kind(kind, beta, alpha):
@@ -592,7 +615,7 @@ def linear_divergence(
   exact: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
   chunk_size: int | None = None,
-  implementation: Literal["xla"] | None = None,
+  implementation: Literal["xla", "pallas_tpu"] | None = None,
 ) -> Float[Array, "..."]:
   """A divergence of next-token distributions, straight from hidden states.
 
@@ -637,8 +660,12 @@ def linear_divergence(
       `jax.set_mesh`, or of the train step that it is traced in. Collectives
       are of per-token statistics only.
     chunk_size: columns of a chunk; None is 4096 (2048 where there is a
-      reference), on a GPU 2048, on CPU 2048 (1024).
-    implementation: "xla"; None chooses.
+      reference, 1024 with cached top-k), on a GPU 2048 (2048, 1024), on CPU
+      2048 (1024, 2048). The kernel has blocks of its own.
+    implementation: "xla", which None is, or "pallas_tpu": the passes over the
+      vocabulary as a TPU kernel that keeps logits on the chip, never timed
+      there; (hidden, head) of every model, whole heads, one device or the
+      inside of a shard_map with check_vma=False. Gradients are those of "xla".
 
   Returns:
     Nats, shape [n] (or [k] of `rows`), unreduced.
@@ -699,7 +726,7 @@ def linear_token_statistics(
   exact: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
   chunk_size: int | None = None,
-  implementation: Literal["xla"] | None = None,
+  implementation: Literal["xla", "pallas_tpu"] | None = None,
 ) -> LinearTokenStatistics:
   """The loss and what on-policy methods want to know of every token.
 

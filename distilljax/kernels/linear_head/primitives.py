@@ -134,11 +134,16 @@ def _varying(aval):
 # --- forward mode --------------------------------------------------------
 
 
+def _plain(spec):
+  """The same without a kernel, which has no derivative of its own."""
+  return dataclasses.replace(spec, implementation="xla")
+
+
 def _whole(primitive, spec, wrt, fixed):
   """The primitive as a function of x alone: rows follow x."""
 
   def fn(x):
-    rows = xla.evaluate(spec, x)[2]
+    rows = xla.evaluate(_plain(spec), x)[2]
     names = _row_names(spec)
     flat = [x[k] for k in spec.inputs] + [rows[k] for k in names]
     operands = xla.align([*flat, *fixed])
@@ -247,7 +252,25 @@ for _p in _FUNCTIONS:
 
 
 # Jitted for eager callers: a loop is compiled once a spec, not once a call.
-_evaluate = jax.jit(xla.evaluate, static_argnums=0)
+_compiled = jax.jit(xla.evaluate, static_argnums=0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_kernel(spec, x):
+  return _compiled(spec, x)
+
+
+@_by_kernel.defjvp
+def _by_kernel_jvp(spec, primals, tangents):
+  """A second derivative goes through the chunks: a kernel has none."""
+  return jax.jvp(
+    functools.partial(xla.evaluate, _plain(spec)), primals, tangents
+  )
+
+
+def _evaluate(spec, x):
+  fn = _compiled if spec.implementation == "xla" else _by_kernel
+  return fn(spec, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

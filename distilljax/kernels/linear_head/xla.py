@@ -61,6 +61,8 @@ class Spec:
   tied: tuple[str, ...]
   axis: Any
   shards: int
+  # Of the two passes: "xla" or "pallas_tpu".
+  implementation: str
 
   @property
   def models(self) -> tuple[str, ...]:
@@ -183,7 +185,11 @@ def _logits(spec, x, model, start, dtype):
   """(logits [n, c], their slope in `_linear`: an array or a number)."""
   if f"{model}_logits" in x:
     return _slice(x[f"{model}_logits"], start, spec, 1).astype(dtype), 1.0
-  z = _linear(x, model, start, spec, dtype)
+  return capped(spec, model, _linear(x, model, start, spec, dtype))
+
+
+def capped(spec, model, z):
+  """(logits, their slope in z: an array or a number)."""
   softcap, scale = {m: rest for m, *rest in spec.caps}[model]
   slope = 1.0
   if scale is not None:
@@ -260,10 +266,6 @@ def _mixture(log_p, log_q, weight):
 # --- first pass ----------------------------------------------------------
 
 
-def _maximum(y):
-  return lax.stop_gradient(jnp.maximum(jnp.max(y, axis=1), LOWEST))
-
-
 def _coefficients(spec, x, dtype):
   """(model whose softmax weighs, {model: c [n] or number})."""
   if spec.kind == "forward_kl":
@@ -278,7 +280,7 @@ def _coefficients(spec, x, dtype):
 
 
 def _column(c):
-  return c if isinstance(c, float) else c[:, None]
+  return c if isinstance(c, float) or c.ndim == 2 else c[:, None]
 
 
 def _rebase(spec, x, stats, maxima):
@@ -305,7 +307,8 @@ def _rebase(spec, x, stats, maxima):
   return out
 
 
-def _merge(spec, x, one, two):
+def merge(spec, x, one, two):
+  """Statistics of two sets of columns from those of each."""
   maxima = {k: jnp.maximum(one["m"][k], two["m"][k]) for k in one["m"]}
   out = jax.tree.map(
     jnp.add, _rebase(spec, x, one, maxima), _rebase(spec, x, two, maxima)
@@ -336,6 +339,41 @@ def _others(spec):
   return {s: t, t: s}
 
 
+def softmaxes(spec, raw):
+  """What a softmax is taken of, by its key, from the models' logits."""
+  y = {m: raw[m] / spec.temperature for m in spec.compared}
+  return {**y, **{_key(spec, m): raw[m] for m in spec.plain}}
+
+
+def sums(spec, x, y):
+  """Statistics of the columns of y {key: [r, c]}; all are [r, 1]."""
+  total = lambda a: jnp.sum(a, axis=1, keepdims=True)
+  highest = lambda a: lax.stop_gradient(
+    jnp.maximum(jnp.max(a, axis=1, keepdims=True), LOWEST)
+  )
+  top_m = {k: highest(a) for k, a in y.items()}
+  centred = {k: a - top_m[k] for k, a in y.items()}
+  stats = {
+    "m": top_m,
+    "l": {k: total(jnp.exp(a)) for k, a in centred.items()},
+    "a": {},
+    "x": {},
+  }
+  if spec.single:
+    weight, c = _coefficients(spec, x, centred["s"].dtype)
+    alive = centred[weight] > -jnp.inf
+    u = sum(_column(c[b]) * jnp.where(alive, centred[b], 0) for b in c)
+    stats["d"] = total(_weighted(centred[weight], u))
+  for m in spec.plain:
+    if "teacher" in spec.extras or "entropy" in spec.outputs:
+      a = centred[_key(spec, m)]
+      stats["a"][_key(spec, m)] = total(_weighted(a, a))
+  if "teacher" in spec.extras:
+    for k, other in _others(spec).items():
+      stats["x"][k] = total(_weighted(centred[k], centred[other]))
+  return stats
+
+
 def _first_of_chunk(spec, x, new, start, dtype):
   """Statistics of one chunk."""
   fresh, _ = _columns(spec, x, new, start)
@@ -343,34 +381,11 @@ def _first_of_chunk(spec, x, new, start, dtype):
     m: jnp.where(fresh, _logits(spec, x, m, start, dtype)[0], -jnp.inf)
     for m in spec.models
   }
-  y = {m: raw[m] / spec.temperature for m in spec.compared}
+  y = softmaxes(spec, raw)
   if spec.rested:
     y["rest"] = _without(spec, x, y["s"], start)
-  for m in spec.plain:
-    y[_key(spec, m)] = raw[m]
-  top_m = {k: _maximum(a) for k, a in y.items()}
-  centred = {k: a - top_m[k][:, None] for k, a in y.items()}
-  stats = {
-    "m": top_m,
-    "l": {k: jnp.sum(jnp.exp(a), axis=1) for k, a in centred.items()},
-    "a": {},
-    "x": {},
-    "picks": {},
-    "top": {},
-  }
-  if spec.single:
-    weight, c = _coefficients(spec, x, dtype)
-    alive = centred[weight] > -jnp.inf
-    u = sum(_column(c[b]) * jnp.where(alive, centred[b], 0) for b in c)
-    stats["d"] = jnp.sum(_weighted(centred[weight], u), axis=1)
-  for m in spec.plain:
-    if "teacher" in spec.extras or "entropy" in spec.outputs:
-      a = centred[_key(spec, m)]
-      stats["a"][_key(spec, m)] = jnp.sum(_weighted(a, a), axis=1)
-  if "teacher" in spec.extras:
-    for k, other in _others(spec).items():
-      terms = _weighted(centred[k], centred[other])
-      stats["x"][k] = jnp.sum(terms, axis=1)
+  stats = jax.tree.map(lambda a: jnp.squeeze(a, 1), sums(spec, x, y))
+  stats.update(picks={}, top={})
   if "picks" in spec.outputs:
     stats["picks"]["s"] = _pick(spec, x, raw["s"], new, start)
     if "teacher" in spec.extras:
@@ -406,6 +421,13 @@ def _empty(spec, x, n, dtype):
   return out
 
 
+def _kernel():
+  """Pallas is loaded only where it is asked for."""
+  from distilljax.kernels.linear_head import pallas_tpu
+
+  return pallas_tpu
+
+
 def _abstract(x):
   return {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in x.items()}
 
@@ -417,11 +439,13 @@ def _rows_of(x):
 
 def pass_one(spec, x):
   """Sums over this device's columns."""
+  if spec.implementation == "pallas_tpu":
+    return _kernel().pass_one(spec, x)
   dtype = _accumulator(x)
   init = _empty(spec, x, _rows_of(x), dtype)
 
   def body(stats, new, start):
-    return _merge(
+    return merge(
       spec, x, stats, _first_of_chunk(spec, x, new, start, dtype)
     )
 
@@ -479,7 +503,7 @@ def _kl_terms(log_p, log_q, centred=False, q=None):
   return jnp.where(near, p * (small + jnp.expm1(-small)), terms + (q - p))
 
 
-def _terms(spec, x, lq, lp, lr):
+def terms(spec, x, lq, lp, lr):
   """(F, q r) of one chunk; q r is None where e is the loss or not needed."""
   kind, a = spec.kind, spec.mix
   if kind == "forward_kl":
@@ -512,7 +536,7 @@ def _terms(spec, x, lq, lp, lr):
 
 def _gopd(x, lq, lp, lr):
   """log q - scale log p - (1 - scale) log r, over q's support."""
-  scale = x["reward_scale"].astype(lq.dtype)[:, None]
+  scale = _column(x["reward_scale"].astype(lq.dtype))
   out = _log_ratio(lq, lp)
   if lr is not None:
     alive = lq > -jnp.inf
@@ -523,6 +547,8 @@ def _gopd(x, lq, lp, lr):
 
 def pass_two(spec, x, rows):
   """(loss, e), sums over this device's columns."""
+  if spec.implementation == "pallas_tpu":
+    return _kernel().pass_two(spec, x, rows)
   dtype = _accumulator(x)
   zero = jnp.zeros((_rows_of(x),), dtype)
 
@@ -530,7 +556,7 @@ def pass_two(spec, x, rows):
     fresh, _ = _columns(spec, x, new, start)
     raw, _ = _logits(spec, x, "s", start, dtype)
     ls = _compared(spec, x, rows, start, fresh, raw, dtype)
-    value, slope = _terms(spec, x, ls["s"], ls["t"], ls.get("r"))
+    value, slope = terms(spec, x, ls["s"], ls["t"], ls.get("r"))
     slope = jnp.zeros_like(value) if slope is None else slope
     return sums[0] + jnp.sum(value, axis=1), sums[1] + jnp.sum(slope, axis=1)
 
@@ -611,7 +637,7 @@ def _loss_slope(spec, x, rows, ls):
   elif spec.kind == "gopd":
     out = _weighted(lq, _gopd(x, lq, lp, lr) - e)
   else:
-    out = _terms(spec, x, lq, lp, lr)[1] - jnp.exp(lq) * e
+    out = terms(spec, x, lq, lp, lr)[1] - jnp.exp(lq) * e
   return out / spec.temperature
 
 
