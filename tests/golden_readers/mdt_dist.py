@@ -40,12 +40,9 @@ def _network(params, cond, x, t):
 
 
 def _teacher(params, cond, x, t, scale):
-  velocity = _network(params, cond, x, t)
-  if scale <= 0:
-    return velocity
   return processes.guide(
       _network(params, jnp.zeros_like(cond), x, t),
-      velocity,
+      _network(params, cond, x, t),
       processes.guidance_from(scale, convention="extra"),
   )
 
