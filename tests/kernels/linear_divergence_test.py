@@ -316,7 +316,8 @@ def test_a_cached_teacher_in_float32_and_below(kind, tail, temperature):
     _, want = both_sparse(kind, x, known, **options)
   assert got[0].dtype == jnp.float32
   np.testing.assert_allclose(got[0], want[0], rtol=1e-6, atol=1e-6)
-  assert_close(got[1], want[1], 1e-6)
+  # A temperature below 1 multiplies the rounding of a logit.
+  assert_close(got[1], want[1], 1e-6 / min(temperature, 1))
 
 
 @pytest.mark.slow
@@ -912,7 +913,8 @@ def test_the_same_training_curve_as_the_plain_loss(case):
     return jax.jit(lambda w: jax.lax.scan(step, w, None, length=20)[1])(w)
 
   got, want = curve(fused), curve(materialised)
-  assert want[-1] < want[0] - 0.2 * abs(want[0])
+  # The slowest, total variation, comes down by 9 %.
+  assert want[-1] < want[0] - 0.05 * abs(want[0])
   # A step carries the roundings of those before it.
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
