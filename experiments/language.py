@@ -95,6 +95,7 @@ class TextProblem:
     return {
       "reward": lambda p, t: np.asarray(getattr(task.score(p, t), name)),
       "evidence": evidence if length else None,
+      "steps": task.steps,
     }
 
   def batches(
@@ -419,7 +420,7 @@ class MarkovProblem:
   def functions(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Rewards are tables, not functions of text."""
     del hyper
-    return {"reward": None, "evidence": None}
+    return {"reward": None, "evidence": None, "steps": None}
 
   def tables(self, replicate: int) -> tuple[Any, Any, Any]:
     """(base, reward, teacher), logits and rewards [v, v]."""

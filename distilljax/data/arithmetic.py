@@ -75,6 +75,9 @@ class Task(NamedTuple):
     hint_length: h, number of hint slots.
     structure: positions of a solution that the format fixes, bool [c]; None for
       a task without a contract.
+    steps: steps(prompts [n, p], completions [n, t]) -> float32 [n, t], 1 where
+      a token is right after what the row wrote before it, right or wrong, else
+      0; None for a task without steps.
   """
 
   name: str
@@ -90,6 +93,7 @@ class Task(NamedTuple):
   hint: Callable[[Any, Any], np.ndarray] | None = None
   hint_length: int = 0
   structure: np.ndarray | None = None
+  steps: Callable[[Any, Any], np.ndarray] | None = None
 
 
 def encode(task: Task, text: str) -> np.ndarray:
@@ -343,18 +347,20 @@ def chain(
   p, c = slots + 2 * ops + 2, ops + 1
   size = 10 * (10 * len(operators)) ** ops
 
+  def step(prompts, i, value):
+    """The value [n] after operation i, from that before it."""
+    body = prompts[:, slots:]
+    sign, x = body[:, 2 * i + 1], body[:, 2 * i + 2] - zero
+    return np.select(
+      [sign == ids["+"], sign == ids["-"]], [value + x, value - x], value * x
+    ) % 10
+
   def traces(prompts):
     """The right values [n, ops] of the problems in the prompts."""
-    body = prompts[:, slots:]
-    value = body[:, 0].astype(np.int64) - zero
+    value = prompts[:, slots].astype(np.int64) - zero
     out = []
     for i in range(ops):
-      sign, x = body[:, 2 * i + 1], body[:, 2 * i + 2] - zero
-      value = np.select(
-        [sign == ids["+"], sign == ids["-"]],
-        [value + x, value - x],
-        value * x,
-      ) % 10
+      value = step(prompts, i, value)
       out.append(value)
     return np.stack(out, axis=1)
 
@@ -406,6 +412,20 @@ def chain(
     reward = (values[:, -1] == want[:, -1]).astype(np.float32)
     return Scores(reward, parsed, exact, exact)
 
+  def steps(prompts, completions):
+    prompts, completions = _score_arrays("chain.steps", p, prompts, completions)
+    written = completions.astype(np.int64) - zero
+    out = np.zeros(completions.shape, np.float32)
+    value = prompts[:, slots].astype(np.int64) - zero
+    alive = np.ones(len(prompts), bool)
+    for i in range(min(ops, out.shape[1])):
+      out[:, i] = alive & (written[:, i] == step(prompts, i, value))
+      value = written[:, i]
+      alive &= (value >= 0) & (value <= 9)
+    if out.shape[1] > ops:
+      out[:, ops] = alive & (completions[:, ops] == eos)
+    return out
+
   return Task(
     name=f"chain_{ops}" + ("_hints" if hints else ""),
     vocab=vocab,
@@ -419,6 +439,7 @@ def chain(
     parse=parse,
     hint=hint if hints else None,
     hint_length=ops if hints else 0,
+    steps=steps,
   )
 
 

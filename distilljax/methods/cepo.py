@@ -12,9 +12,13 @@ Departures from the official code: the rollout that serves as the wrong answer
 is itself held against the second worst (leave one out); where a group has no
 rejected rollout the paper's README is followed (RLSD), not its code (GRPO).
 
+credit="steps" is no method but a ceiling for them: an oracle says of every
+token whether it is right, and that is normalised over the group, position by
+position, in the place of the reward.
+
 Networks: `student` (trained), whose start-of-step parameters are also the
 teacher. Batch: `prompts` [b, p] with `prompt_where`, and `tokens` [b, t] with
-`where` (the right solutions), unless credit="grpo".
+`where` (the right solutions) where evidence is shown.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +33,8 @@ from distilljax.methods import _common, _language
 DEFAULTS = {
   "reward": None,  # (prompts, tokens) -> rewards [n], NumPy; the task's
   "evidence": None,  # (prompts, solutions) -> prompts, as long; the task's
-  "credit": "contrastive",  # CEPO; "self" is RLSD, "grpo" has none
+  "steps": None,  # (prompts, tokens) -> right [n, t], NumPy; the task's
+  "credit": "contrastive",  # CEPO; "self": RLSD; "grpo": none; "steps": oracle
   "mix": 0.5,  # lambda_0; official scripts
   "decay_steps": 25,  # mix falls to 0 over these; None: never; official scripts
   "band": 0.2,  # eps_w, half width of the weights' band; scripts (README .5)
@@ -58,8 +63,8 @@ def make(
   Args:
     apply_fns: `student`: a network with the call form of the zoo's
       "transformer".
-    **hyper: see `DEFAULTS`; `reward` is called on the host with this process's
-      rows, `evidence` is traced.
+    **hyper: see `DEFAULTS`; `reward` and `steps` are called on the host with
+      this process's rows, `evidence` is traced.
 
   Returns:
     The method; `sample` completes inputs["prompts"] with at most `steps`
@@ -68,23 +73,31 @@ def make(
   slug = "cepo"
   h = _common.hyper_parameters(slug, DEFAULTS, hyper)
   credit = h["credit"]
-  _checks.one_of(slug, "credit", credit, ("contrastive", "self", "grpo"))
+  shown = credit in ("contrastive", "self")  # evidence
+  _checks.one_of(
+    slug, "credit", credit, ("contrastive", "self", "grpo", "steps")
+  )
   _checks.one_of(slug, "fallback", h["fallback"], ("rlsd", "grpo"))
   _checks.in_range(slug, "num_samples", h["num_samples"], 2)
-  for name in ("reward", "evidence"):
-    if not callable(h[name]) and (name == "reward" or credit != "grpo"):
+  for name, used in (
+    ("reward", True), ("evidence", shown), ("steps", credit == "steps")
+  ):  # fmt: skip
+    if used and not callable(h[name]):
       _checks.fail(slug, name, "a function", h[name])
   (apply,) = _common.networks_for(slug, apply_fns, ["student"])
   rollouts = _language.make_rollouts(apply, h, num_samples=h["num_samples"])
 
   def collect(params, batch, context):
     rows = rollouts(params["student"], batch, context.key)
-    rows["rewards"] = train.map_rows(
-      lambda p, t: h["reward"](p, t).astype("float32"),
+    scored = lambda name: train.map_rows(
+      lambda p, t: h[name](p, t).astype("float32"),
       rows["prompts"],
       rows["tokens"],
     )
-    if credit != "grpo":
+    rows["rewards"] = scored("reward")
+    if credit == "steps":
+      rows["steps"] = scored("steps")
+    if shown:
       repeat = lambda a: jnp.repeat(jnp.asarray(a), h["num_samples"], axis=0)
       solutions = repeat(batch["tokens"])
       placed = getattr(batch["prompts"], "sharding", None)
@@ -111,10 +124,14 @@ def make(
     """Advantages of every token: groups need the whole batch."""
     where, rewards = batch["where"], batch["rewards"]
     groups = jnp.arange(rewards.shape[0]) // h["num_samples"]
-    plain = losses.group_advantages(rewards, groups)
-    advantages = jnp.where(where, plain[:, None], 0)
+    normalise = lambda scores: losses.group_advantages(scores, groups)
+    if credit == "steps":
+      plain = jax.vmap(normalise, 1, 1)(batch["steps"])
+    else:
+      plain = normalise(rewards)[:, None]
+    advantages = jnp.where(where, plain, 0)
     rows = {k: v for k, v in batch.items() if k != "solutions"}
-    if credit != "grpo":
+    if shown:
       mix = h["mix"]
       if h["decay_steps"] is not None:
         mix = losses.evidence_mix(
@@ -166,7 +183,7 @@ def make(
     )
     metrics = _language.student_metrics(logits, None, where)
     metrics["reward"] = train.mean(batch["rewards"])
-    if credit != "grpo":
+    if shown:
       metrics["evidence"] = train.mean(jnp.abs(batch["delta"]), where)
       metrics["without_negative"] = train.mean(batch["without_negative"])
     return {"policy": train.mean(values, where)}, metrics

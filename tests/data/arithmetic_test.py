@@ -149,6 +149,32 @@ def test_chain_scores_tell_the_answer_from_the_trace():
   assert task.hint is None and task.hint_length == 0
 
 
+def test_chain_steps_go_on_from_what_was_written():
+  task = data.chain(ops=3)
+  texts = {
+    "509$": [1, 1, 1, 1, 0],
+    "483$": [0, 0, 0, 1, 0],  # 4*4=6, 8-1=7: wrong each on its own
+    "421$": [0, 0, 1, 1, 0],  # 2-1=1, from a wrong 2
+    "165$": [0, 0, 1, 1, 0],
+    "540$": [1, 0, 0, 1, 0],
+    "50$$": [1, 1, 0, 0, 0],  # nothing behind the end is right
+    "5+09": [1, 0, 0, 0, 0],  # nor behind what is no value
+    "5099": [1, 1, 1, 0, 0],
+  }  # fmt: skip
+  rows = [np.append(data.encode(task, t), 0) for t in texts]
+  prompts = np.stack([data.encode(task, "2+3*4-1=")] * len(rows))
+  got = task.steps(prompts, np.stack(rows))
+  assert got.dtype == np.float32 and got.tolist() == list(texts.values())
+  short = task.steps(prompts, np.stack(rows)[:, :2])
+  np.testing.assert_array_equal(short, got[:, :2])
+  hinted = data.chain(ops=3, operators="-", hints=True)
+  solved = hinted.sample(20, seed=1)
+  assert hinted.steps(solved.prompts, solved.completions).all()
+  assert data.addition().steps is None
+  with one_line_error("chain.steps: prompts must be"):
+    task.steps(prompts[:, 1:], np.stack(rows))
+
+
 def test_hint_slots():
   task = data.chain(ops=3, hints=True)
   got = task.sample(4, seed=0)

@@ -250,6 +250,9 @@ def test_evidence_and_rewards_are_the_tasks():
   np.testing.assert_array_equal(reward, np.ones(4))
   trace = problem.functions({"reward": "trace"})["reward"](rows.prompts, wrong)
   np.testing.assert_array_equal(trace, np.zeros(4))
+  steps = functions["steps"](rows.prompts, wrong)
+  np.testing.assert_array_equal(steps[:, 0], np.zeros(4))
+  np.testing.assert_array_equal(steps[:, 2:], np.ones((4, 3)))
 
 
 def test_evidence_lies_where_the_traces_differ():

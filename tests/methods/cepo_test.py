@@ -85,6 +85,23 @@ def test_grpo_is_the_group_normalised_reward():
   assert "delta" not in found
 
 
+def test_an_oracle_of_steps_is_normalised_position_by_position():
+  rows = group_rows()
+  rng = np.random.default_rng(2)
+  steps = rng.integers(2, size=(8, 3)).astype(np.float32)
+  steps[4:, 1] = 1  # all right in a group: no credit
+  found = advantages(
+    rows | {"steps": jnp.asarray(steps)}, credit="steps",
+    steps=lambda p, t: t > 0,
+  )  # fmt: skip
+  s = steps.astype(np.float64).reshape(2, 4, 3)
+  a = (s - s.mean(1, keepdims=True)) / (s.std(1, ddof=1, keepdims=True) + 1e-6)
+  wanted = np.where(rows["where"], a.reshape(8, 3), 0)
+  np.testing.assert_allclose(found["advantages"], wanted, rtol=1e-5)
+  assert not np.any(found["advantages"][4:, 1])
+  assert "delta" not in found and "without_negative" not in found
+
+
 def banded(a, delta, mix, band):
   sign = np.sign(a.sum(1, keepdims=True))
   weight = np.clip(np.exp(sign * delta), 1 - band, 1 + band)
@@ -149,11 +166,12 @@ def test_the_threshold_of_what_is_wrong():
   )
 
 
-@pytest.mark.parametrize("credit", ["grpo", "contrastive"])
+@pytest.mark.parametrize("credit", ["grpo", "contrastive", "steps"])
 def test_collect(credit):
   method = make(
     markov.nets("student"), reward=reward, evidence=show, credit=credit,
-    num_samples=3, max_new_tokens=2, eos_id=0, pad_id=4,
+    steps=lambda p, t: t > p[:, :1], num_samples=3, max_new_tokens=2,
+    eos_id=0, pad_id=4,
   )
   rows = method.collect(
     {"student": markov.shift(1)},
@@ -164,7 +182,13 @@ def test_collect(credit):
   np.testing.assert_array_equal(rows["tokens"], [[0, 4]] * 3 + [[3, 4]] * 3)
   np.testing.assert_array_equal(rows["rewards"], np.ones(6))
   assert rows["rewards"].dtype == jnp.float32
-  if credit == "grpo":
+  assert ("steps" in rows) == (credit == "steps")
+  if credit == "steps":
+    np.testing.assert_array_equal(
+      rows["steps"], [[0, 0]] * 3 + [[1, 1]] * 3
+    )
+    assert rows["steps"].dtype == jnp.float32
+  if credit != "contrastive":
     assert "solutions" not in rows
   else:
     np.testing.assert_array_equal(
@@ -272,6 +296,8 @@ def test_bad_input_is_one_line():
     make(nets)
   with helpers.one_line_error("evidence must be a function"):
     make(nets, reward=reward)
+  with helpers.one_line_error("steps must be a function"):
+    make(nets, reward=reward, credit="steps")
   with helpers.one_line_error("credit must be one of"):
     make(nets, reward=reward, credit="ppo")
   with helpers.one_line_error("fallback must be one of"):
