@@ -924,3 +924,17 @@ def test_low_precision(strict):
   assert on_policy.gopd_advantage(s, t, r).dtype == jnp.float32
   assert on_policy.policy_gradient_loss(s, t, r).dtype == jnp.float32
   assert on_policy.kl_estimate(s, t, kind="k3").dtype == jnp.float32
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gopd_at_huge_logits_is_finite(top_k, dtype):
+  """Logits of +-1e4 that disagree: finite values and gradients, float32."""
+  rng = np.random.default_rng(0)
+  draw = lambda: jnp.asarray(1e4 * rng.choice([-1, 1], size=(6, 5)), dtype)
+  student, teacher, reference = draw(), draw(), draw()
+  loss = lambda s: on_policy.gopd_loss(s, teacher, reference, top_k=top_k)
+  values, pull = jax.vjp(loss, student)
+  assert values.dtype == jnp.float32 and np.isfinite(values).all()
+  (slopes,) = pull(jnp.ones_like(values))
+  assert np.isfinite(np.asarray(slopes, np.float32)).all()
