@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,20 +70,51 @@ def _record(words: Any) -> dict[str, Any]:
   return json.loads(np.asarray(words).tobytes())
 
 
-class _NoOrbax(logging.Filter):
-  """Keeps the writers' tracebacks out of the log; the error says it."""
+class _Silence(logging.Filter):
+  """Keeps the writers' tracebacks off the screen; the error says it."""
+
+  # Exceptions of tasks that nobody awaits any more come up in asyncio's.
+  _LOGGERS = logging.getLogger("absl"), logging.getLogger("asyncio")
+
+  def __init__(self):
+    super().__init__()
+    self._hook = sys.unraisablehook
+
+  def begin(self) -> None:
+    for logger in self._LOGGERS:
+      logger.addFilter(self)
+    if sys.unraisablehook != self._unraisable:
+      self._hook = sys.unraisablehook
+      sys.unraisablehook = self._unraisable
+
+  def end(self) -> None:
+    for logger in self._LOGGERS:
+      logger.removeFilter(self)
+    if sys.unraisablehook == self._unraisable:
+      sys.unraisablehook = self._hook
 
   def filter(self, record: logging.LogRecord) -> bool:
     paths = [record.pathname]
     if record.exc_info:
-      frames = traceback.walk_tb(record.exc_info[2])
-      paths += [frame.f_code.co_filename for frame, _ in frames]
+      paths += _files(record.exc_info[2])
     return not any(os.path.join("orbax", "checkpoint") in p for p in paths)
 
+  def _unraisable(self, unraisable: Any) -> None:
+    # Where one writer failed the event loop is closed; another that ends later
+    # finds it so in a thread that is not Python's.
+    closed = isinstance(unraisable.exc_value, RuntimeError) and any(
+      p.endswith(os.path.join("asyncio", "base_events.py"))
+      for p in _files(unraisable.exc_traceback)
+    )
+    if not closed:
+      self._hook(unraisable)
 
-_SILENCE = _NoOrbax()
-# Exceptions of tasks that nobody awaits any more come up in asyncio's.
-_LOGGERS = logging.getLogger("absl"), logging.getLogger("asyncio")
+
+def _files(trace: types.TracebackType | None) -> list[str]:
+  return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+
+
+_SILENCE = _Silence()
 
 
 def _reason(error: BaseException) -> str:
@@ -234,8 +267,7 @@ class Checkpoints:
     metrics = None
     if self._best is not None and measured is not None:
       metrics = {self._best.metric: measured}
-    for logger in _LOGGERS:
-      logger.addFilter(_SILENCE)
+    _SILENCE.begin()
     with self._saving(step):
       response = self._open().save_checkpointables_async(
         step,
@@ -271,8 +303,7 @@ class Checkpoints:
       if step not in self.steps():
         raise OSError("the checkpointer did not commit")
     # Not after a failure: its other writers may still have something to say.
-    for logger in _LOGGERS:
-      logger.removeFilter(_SILENCE)
+    _SILENCE.end()
 
   @contextlib.contextmanager
   def _saving(self, step: int):

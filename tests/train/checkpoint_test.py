@@ -1,12 +1,15 @@
 """Saves while the training goes on, and the best checkpoint."""
 
+import asyncio
 import gc
 import logging
 import math
 import pathlib
 import signal
+import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +207,38 @@ def test_a_save_in_the_background_fails_in_one_line(
   gc.collect()
   assert not caplog.records  # no traceback beside the line
   assert not logging.getLogger("absl").filters  # others are heard again
+
+
+def test_a_writer_that_ends_after_the_failure_prints_nothing(
+  first, writers, tmp_path, monkeypatch
+):
+  heard = []
+  monkeypatch.setattr(sys, "unraisablehook", heard.append)
+  loop = asyncio.new_event_loop()
+  loop.close()
+
+  def in_a_foreign_thread(fn, *args):
+    try:
+      fn(*args)
+    except Exception as e:
+      sys.unraisablehook(
+        types.SimpleNamespace(exc_value=e, exc_traceback=e.__traceback__)
+      )
+
+  writers.go.set()
+  writers.error = OSError(28, "No space left on device")
+  checkpoints = train.Checkpoints(tmp_path)
+  with helpers.one_line_error("step 1 could not be saved", train.SaveError):
+    checkpoints.save(state_at(first, 1), {})
+  in_a_foreign_thread(loop.call_soon_threadsafe, print)
+  assert not heard
+  in_a_foreign_thread(int, "x")  # what is not a writer's
+  assert len(heard) == 1
+  writers.error = None
+  checkpoints.save(state_at(first, 1), {})
+  in_a_foreign_thread(loop.call_soon_threadsafe, print)
+  assert len(heard) == 2
+  checkpoints.close()
 
 
 def test_the_loop_stops_when_a_save_has_failed(writers, tmp_path):
