@@ -419,33 +419,13 @@ def train_and_evaluate(
   result = result._replace(params=gathered(result.params))
   before = now()
   scores, rows = _evaluate(job, result, log)
-  final = job.stages[-1]
   summary = {
-    "config_title": config.title,
     "scores": scores,
     "floors": job.problem.floors(),
-    "params_sha256": train.params_sha256(result.params[final.name]["student"]),
-    "versions": versions(),
-    "seed": config.seed,
-    "skipped": result.skipped,
-    "devices": mesh.size,
     **job.problem.facts(),
   }
   spent = {"judge": judged, "evaluation": since(before)}
-  for i, field in enumerate(("seconds", "cpu_seconds")):
-    summary[field] = {
-      **getattr(result, field),
-      **{k: v[i] for k, v in spent.items()},
-    }
-  summary["compile_seconds"] = result.compile_seconds
-  summary["peak_memory_bytes"] = memory
-  summary["parameters"] = {
-    f"{stage.name}/{network}": models.count_params(params)
-    for stage in job.stages
-    for network, params in result.params[stage.name].items()
-  }
-  if result.best:
-    summary["best"] = result.best
+  summary |= facts_of(job, result, mesh, memory, spent, job.stages)
   diagnosis, hints = diagnostics.fake_score(workdir / "metrics.jsonl")
   if hints:
     summary["hints"] = hints
@@ -508,6 +488,49 @@ def claim(workdir: pathlib.Path, config: Any) -> None:
 def gathered(params: Any) -> Any:
   """Parameters for programs of one device, where they lie on several."""
   return train.gather(params) if jax.process_count() > 1 else params
+
+
+def facts_of(
+  job: Any,
+  result: train.Result,
+  mesh: jax.sharding.Mesh,
+  memory: Any,
+  spent: Mapping[str, tuple[float, float]],
+  counted: Sequence[train.Stage],
+) -> dict[str, Any]:
+  """What the summary of every job says of its run, beside the scores.
+
+  Args:
+    job: has `config` and `stages`.
+    result: of the stages, parameters gathered.
+    mesh: of the run.
+    memory: of `peak_memory`.
+    spent: (wall, CPU) seconds by what else was done.
+    counted: stages whose parameters are counted.
+  """
+  config = job.config
+  final = result.params[job.stages[-1].name]["student"]
+  facts = {
+    "config_title": config.title,
+    "params_sha256": train.params_sha256(final),
+    "versions": versions(),
+    "seed": config.seed,
+    "skipped": result.skipped,
+    "devices": mesh.size,
+    "compile_seconds": result.compile_seconds,
+    "peak_memory_bytes": memory,
+    "parameters": {
+      f"{stage.name}/{network}": models.count_params(params)
+      for stage in counted
+      for network, params in result.params[stage.name].items()
+    },
+  }
+  for i, field in enumerate(("seconds", "cpu_seconds")):
+    more = {k: v[i] for k, v in spent.items()}
+    facts[field] = {**getattr(result, field), **more}
+  if result.best:
+    facts["best"] = result.best
+  return facts
 
 
 def finished_summary(

@@ -347,38 +347,21 @@ def train_and_evaluate(
   # The evaluation's programs are for one device, whatever the mesh was.
   of = _models(job, train.gather(result.params))
   scores = _evaluate(job, of, log)
-  final = job.stages[-1]
   summary = {
-    "config_title": config.title,
     "scores": scores,
     "floors": job.problem.floors(),
-    "params_sha256": train.params_sha256(result.params[final.name]["student"]),
-    "versions": job_lib.versions(),
-    "seed": config.seed,
     "seeds": config.seeds,
-    "skipped": result.skipped,
-    "devices": mesh.size,
     **job.problem.facts(of),
   }
-  if result.best:
-    summary["best"] = result.best
   labels = config.evaluation.labels
   figures = job.problem.figures(
     [of[name][0] for name in evaluation.rollouts],
     {name: labels.get(name, name) for name in evaluation.rollouts},
   )
   figures += _sweep(job, scores, summary)
-  spent = job_lib.since(before)
-  for i, field in enumerate(("seconds", "cpu_seconds")):
-    summary[field] = {**getattr(result, field), "evaluation": spent[i]}
-  summary["compile_seconds"] = result.compile_seconds
-  summary["peak_memory_bytes"] = memory
-  summary["parameters"] = {
-    f"{stage.name}/{network}": models.count_params(params)
-    for stage in job.stages
-    for network, params in result.params[stage.name].items()
-    if job.blocks[stage.name][1] == 0
-  }
+  spent = {"evaluation": job_lib.since(before)}
+  first = [s for s in job.stages if job.blocks[s.name][1] == 0]
+  summary |= job_lib.facts_of(job, result, mesh, memory, spent, first)
   job_lib.publish(
     job,
     workdir,
